@@ -1,0 +1,60 @@
+// The CUDA kernels' launchers. All pointers are device memory of the current device and contiguous, except where said;
+// the callers have checked shapes, types and devices. Work goes to `stream`; nothing synchronises, allocates or changes
+// the device. Launch failures are reported by throwing std::runtime_error.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "format/philox.h"
+#include "format/quantized_matrix.h"
+
+namespace pyquant::cuda {
+
+// A low-rank term of a linear: adds left[m, rank] · factor to the output. `factor` is lora_B [n, rank] in the forward
+// (transposed in the product) and lora_A [rank, k] in dX. rank = 0: no term.
+struct LowRank {
+  const void* left;
+  const void* factor;
+  int64_t rank;
+};
+
+// packed[ceil(numel / 2)], absmax[ceil(numel / blocksize)]. A block that holds a NaN or an infinity gets a non-finite
+// absmax. The unused nibble of an odd count is the code of zero.
+void quantize_4bit(DType dtype, const void* input, int64_t numel, QuantType type, int64_t blocksize, uint8_t* packed,
+                   float* absmax, cudaStream_t stream);
+
+// Double quantization's second pass: absmax - offset in 8 bits against `code` [256], blocks of kNestedBlocksize.
+void quantize_absmax(const float* absmax, int64_t blocks, const float* offset, const float* code, uint8_t* absmax_codes,
+                     float* nested_absmax, cudaStream_t stream);
+
+// output[n, k] = the exact float32 products of code and absmax, each rounded once to dtype.
+void dequantize_4bit(const QuantizedMatrix& weight, DType dtype, void* output, cudaStream_t stream);
+
+// y[m, n] = x[m, k] · Wᵀ + left[m, r] · factor[n, r]ᵀ + bias[n]. `bias` may be null.
+// `workspace`: linear_4bit_workspace bytes, 16-byte aligned, contents arbitrary.
+int64_t linear_4bit_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank);
+void linear_4bit(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const void* bias,
+                 const LowRank& lora, void* y, void* workspace, cudaStream_t stream);
+
+// dx[m, k] = dy[m, n] · W + dropout(left[m, r] · factor[r, k]).
+int64_t linear_4bit_dx_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank);
+void linear_4bit_dx(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy, const LowRank& lora,
+                    const Dropout& dropout, void* dx, void* workspace, cudaStream_t stream);
+
+// xa[m, r] = scaling · dropout(x[m, k]) · a[r, k]ᵀ.
+void lora_down(DType dtype, int64_t m, int64_t k, int64_t rank, const void* x, const void* a, float scaling,
+               const Dropout& dropout, void* xa, cudaStream_t stream);
+
+// dya[m, r] = scaling · dy[m, n] · b[n, r].
+void lora_dya(DType dtype, int64_t m, int64_t n, int64_t rank, const void* dy, const void* b, float scaling, void* dya,
+              cudaStream_t stream);
+
+// da[r, k] = dya[m, r]ᵀ · dropout(x[m, k]), in float32. Deterministic: partial sums over m go through `workspace`.
+// db[n, r] = dy[m, n]ᵀ · xa[m, r], in float32, likewise. `columns` is k for da and n for db.
+int64_t lora_grad_workspace(int64_t m, int64_t columns, int64_t rank);
+void lora_grad_a(DType dtype, int64_t m, int64_t k, int64_t rank, const void* dya, const void* x,
+                 const Dropout& dropout, float* da, void* workspace, cudaStream_t stream);
+void lora_grad_b(DType dtype, int64_t m, int64_t n, int64_t rank, const void* dy, const void* xa, float* db,
+                 void* workspace, cudaStream_t stream);
+
+}  // namespace pyquant::cuda
