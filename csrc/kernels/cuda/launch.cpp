@@ -1,0 +1,59 @@
+#include "kernels/cuda/launch.h"
+
+#include <limits>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <utility>
+
+namespace pyquant::cuda {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+void check(cudaError_t error, const std::string& what) {
+  if (error != cudaSuccess) throw std::runtime_error("pyquant: " + what + ": " + cudaGetErrorString(error));
+}
+
+}  // namespace
+
+const Device& current_device() {
+  static Device devices[kMaxDevices];
+  static std::once_flag known[kMaxDevices];
+  int index = 0;
+  check(cudaGetDevice(&index), "cudaGetDevice");
+  if (index >= kMaxDevices) throw std::runtime_error("pyquant: at most 64 CUDA devices are supported");
+  std::call_once(known[index], [index] {
+    int major = 0, minor = 0, sm_count = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, index), "cudaDeviceGetAttribute");
+    devices[index] = Device{index, 10 * major + minor, sm_count};
+  });
+  return devices[index];
+}
+
+void check_launch(const char* kernel, const std::string& problem) {
+  check(cudaGetLastError(), std::string(kernel) + " " + problem);
+}
+
+void allow_shared_memory(const void* kernel, const char* name, int bytes) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  const std::pair<const void*, int> key(kernel, current_device().index);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count(key) > 0) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        std::string(name) + ": " + std::to_string(bytes) + " bytes of shared memory");
+  allowed.insert(key);
+}
+
+unsigned grid_size(int64_t blocks, const char* kernel) {
+  if (blocks > std::numeric_limits<int>::max()) {
+    throw std::runtime_error("pyquant: " + std::string(kernel) + ": " + std::to_string(blocks) +
+                             " thread blocks are more than one launch can have");
+  }
+  return static_cast<unsigned>(blocks);
+}
+
+}  // namespace pyquant::cuda
