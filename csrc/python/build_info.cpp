@@ -1,0 +1,54 @@
+#include "python/build_info.h"
+
+#include <stdexcept>
+#include <utility>
+
+#include "kernels/cpu/isa.h"
+
+#if PYQUANT_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace pyquant {
+
+std::string version() { return PYQUANT_VERSION; }
+
+std::string cpu_isa() { return cpu::isa_name(); }
+
+void set_cpu_isa(const std::string& name) {
+  const std::pair<const char*, cpu::Isa> names[] = {{"portable", cpu::Isa::kPortable},
+                                                    {"avx2", cpu::Isa::kAvx2},
+                                                    {"avx512", cpu::Isa::kAvx512},
+                                                    {"amx", cpu::Isa::kAmx}};
+  for (const auto& [known, isa] : names) {
+    if (name != known) continue;
+    if (!cpu::set_isa(isa)) throw std::invalid_argument("this processor does not run '" + name + "'");
+    return;
+  }
+  throw std::invalid_argument("'" + name + "' is not one of portable, avx2, avx512 and amx");
+}
+
+#if PYQUANT_CUDA
+std::string cuda_version() { return PYQUANT_CUDA_VERSION; }
+std::string cuda_archs() { return PYQUANT_CUDA_ARCHS; }
+
+std::vector<DeviceInfo> cuda_devices() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) return {};
+  std::vector<DeviceInfo> devices;
+  for (int device = 0; device < count; ++device) {
+    cudaDeviceProp properties;
+    if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) continue;
+    devices.push_back({properties.name, properties.major, properties.minor, properties.multiProcessorCount,
+                       static_cast<int64_t>(properties.totalGlobalMem), properties.l2CacheSize,
+                       static_cast<int64_t>(properties.sharedMemPerBlockOptin)});
+  }
+  return devices;
+}
+#else
+std::string cuda_version() { return ""; }
+std::string cuda_archs() { return ""; }
+std::vector<DeviceInfo> cuda_devices() { return {}; }
+#endif
+
+}  // namespace pyquant

@@ -1,0 +1,47 @@
+"""Fast, trustworthy QLoRA: 4-bit weights, their linear layer and its LoRA adapter, in bitsandbytes' format."""
+
+import torch  # noqa: F401  the op library needs libtorch to be loaded
+
+try:
+    from pyquant import _C
+except ImportError as error:
+    raise ImportError(
+        f"pyquant's compiled library cannot be loaded ({error}). Install the package with 'pip install .' from its "
+        f"source, with torch 2.10 or later in the same environment"
+    ) from error
+
+from pyquant import autograd, fake, functional, nn
+from pyquant.environment import show_config
+from pyquant.errors import CheckpointError
+from pyquant.functional import matmul_4bit
+from pyquant.integrations import when_imported
+from pyquant.replace import dequantize_linear, replace_linear
+
+__version__ = _C.version()
+
+__all__ = [
+    "CheckpointError",
+    "dequantize_linear",
+    "functional",
+    "lora_config",
+    "matmul_4bit",
+    "nn",
+    "replace_linear",
+    "show_config",
+]
+
+
+def lora_config(*args, **kwargs):
+    """A `peft.LoraConfig` with the usual choices for QLoRA; see `pyquant.integrations.peft.lora_config`."""
+    from pyquant.integrations.peft import lora_config
+
+    return lora_config(*args, **kwargs)
+
+
+def _register_with_peft():
+    from pyquant.integrations.peft import register
+
+    register()
+
+
+when_imported("peft", _register_with_peft)

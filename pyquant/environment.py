@@ -1,0 +1,62 @@
+"""What was built, what the machine has, and what will be used."""
+
+import importlib.metadata
+import platform
+
+import torch
+
+from pyquant import _C
+
+__all__ = ["show_config"]
+
+
+def show_config() -> None:
+    """Prints the versions, the instruction set of the CPU kernels, the CUDA build, and each GPU with what runs on it.
+
+    Where something is missing, the line says what it is and how to get it.
+    """
+    for name, text in _lines():
+        print(f"{name + ':':<14} {text}")
+
+
+def _lines():
+    yield "pyquant", _C.version()
+    yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "torch", torch.__version__
+    for package in ("transformers", "peft", "trl", "bitsandbytes"):
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    yield "CPU kernels", f"{_C.cpu_isa()}, {torch.get_num_threads()} threads"
+    if not _C.cuda_version():
+        yield (
+            "CUDA kernels",
+            "not built: no nvcc was found. Install pyquant again with nvcc on PATH or CUDA_HOME set",
+        )
+        return
+    yield "CUDA kernels", f"built with CUDA {_C.cuda_version()} for {_C.cuda_archs()}"
+    if not torch.cuda.is_available():
+        yield "GPU", _why_no_gpu()
+        return
+    for index, device in enumerate(_C.cuda_devices()):
+        memory = f"{device.memory_bytes / 2**30:.0f} GiB"
+        yield f"GPU {index}", f"{device.name}, sm_{device.major}{device.minor}, {memory}, {_gpu_support(device)}"
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None:
+        return "not usable: this torch was built without CUDA. Install a CUDA build of torch"
+    return "none found by torch; is the NVIDIA driver installed and CUDA_VISIBLE_DEVICES not empty?"
+
+
+def _gpu_support(device) -> str:
+    capability = 10 * device.major + device.minor
+    for arch in _C.cuda_archs().split():
+        name, _, ptx = arch.partition("+")
+        number = int(name.rstrip("af"))
+        same_family = number // 10 == device.major and number <= capability
+        # Machine code runs on later minor versions; an "a" build on its own version alone; PTX on anything later.
+        if number == capability or (same_family and name.isdigit()) or (ptx and number <= capability):
+            return "supported"
+    return f"not supported by this build ({_C.cuda_archs()}); set PYQUANT_CUDA_ARCHS={capability} and install again"
