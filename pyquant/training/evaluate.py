@@ -1,0 +1,182 @@
+"""Perplexity, and classification by ranking the labels' probabilities."""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["accuracy", "perplexity", "rank_labels"]
+
+
+@torch.inference_mode()
+def perplexity(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    prompts: Sequence[str] | None = None,
+    max_length: int = 1024,
+    batch_size: int = 8,
+) -> float:
+    """exp of the mean negative log-likelihood per token of ``texts``, each on its own.
+
+    Args:
+        texts: the texts, or the completions when ``prompts`` are given.
+        prompts: one prompt a text, as rendered for the model; its tokens are read but not counted, and the end token
+            after the text is counted, as in training.
+        max_length: tokens that a prompt and text are cut to.
+        batch_size: rows in a forward pass.
+
+    Raises:
+        DataError: no token is left to predict.
+    """
+    end = [] if prompts is None else [tokenizer.eos_token_id]
+    rows = []
+    for index, text in enumerate(texts):
+        prompt = [] if prompts is None else tokenizer(prompts[index])["input_ids"]
+        ids = tokenizer(text if prompts is None else prompts[index] + text)["input_ids"] + end
+        start = max(1, _common_prefix([prompt, ids]))  # the first token has nothing before it to be predicted from
+        if start < len(ids[:max_length]):
+            rows.append((ids[:max_length], start))
+    if not rows:
+        raise DataError("no text has two tokens or more within max_length, so there is nothing to predict.")
+    rows.sort(key=lambda row: len(row[0]))  # rows of like length pad little
+    total, count = 0.0, 0
+    model.eval()
+    for at in range(0, len(rows), batch_size):
+        batch = rows[at : at + batch_size]
+        ids, mask = _pad([ids for ids, _ in batch], tokenizer.pad_token_id, model.device)
+        position = torch.arange(1, ids.shape[1], device=ids.device)
+        starts = torch.tensor([start for _, start in batch], device=ids.device)
+        counted = (position >= starts[:, None]) & mask[:, 1:].bool()
+        # Only the positions that are counted go through the vocabulary's large product.
+        first = int(starts.min()) - 1
+        keep = torch.arange(first, ids.shape[1] - 1, device=ids.device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits
+        counted, targets = counted[:, first:], ids[:, first + 1 :]
+        loss = torch.nn.functional.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
+        total += loss.item()
+        count += int(counted.sum())
+    return math.exp(total / count)
+
+
+@torch.inference_mode()
+def rank_labels(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    labels: Sequence[str],
+    batch_size: int = 16,
+) -> list[int]:
+    """For every prompt the index of the label with the greatest mean log-probability per token.
+
+    The mean, unlike the sum, does not favour labels of few tokens. A prompt is read once: its keys and values serve all
+    labels, and the tokens that all prompts begin with are read once for all of them.
+
+    Args:
+        prompts: as rendered for the model, up to where the label begins.
+        labels: the candidates, with the white space that precedes them after the prompt.
+        batch_size: prompts in a forward pass; each brings as many rows as there are labels.
+    """
+    encoded = [_split(tokenizer, prompt, labels) for prompt in prompts]
+    shared = min(_common_prefix([prompt for prompt, _ in encoded]), min(len(prompt) for prompt, _ in encoded) - 1)
+    model.eval()
+    prefix = None
+    if shared > 0:
+        ids = torch.tensor([encoded[0][0][:shared]], device=model.device)
+        prefix = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    best: list[int] = [0] * len(encoded)
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
+    for at in range(0, len(order), batch_size):
+        chunk = order[at : at + batch_size]
+        scores = _score(model, tokenizer.pad_token_id, prefix, shared, [encoded[i] for i in chunk])
+        for index, winner in zip(chunk, scores.argmax(1).tolist(), strict=True):
+            best[index] = winner
+    return best
+
+
+def accuracy(predicted: Sequence[int], expected: Sequence[int]) -> float:
+    """The part of the predictions that are right."""
+    return sum(p == e for p, e in zip(predicted, expected, strict=True)) / len(expected)
+
+
+def _score(model, pad: int, prefix, shared: int, batch: list[tuple[list[int], list[list[int]]]]) -> torch.Tensor:
+    """Mean log-probabilities (rows, labels) of each row's label tokens after its prompt."""
+    device = model.device
+    rows, count = len(batch), len(batch[0][1])
+    # Prompts are padded on the left, so that every one ends where its labels begin.
+    prompt, mask = _pad([ids[shared:] for ids, _ in batch], pad, device, left=True)
+    mask = torch.cat([mask.new_ones(rows, shared), mask], 1)
+    cache = None
+    if prefix is not None:
+        cache = copy.deepcopy(prefix)
+        cache.batch_repeat_interleave(rows)
+    places = _positions(mask)
+    output = model(
+        input_ids=prompt,
+        attention_mask=mask,
+        position_ids=places[:, shared:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    first = output.logits[:, -1].float().log_softmax(-1)
+
+    tokens, token_mask = _pad([ids for _, labels in batch for ids in labels], pad, device)
+    scores = first.repeat_interleave(count, 0).gather(1, tokens[:, :1]).squeeze(1)
+    if tokens.shape[1] > 1:
+        cache = output.past_key_values
+        cache.batch_repeat_interleave(count)
+        # The last token of a label predicts nothing that is scored.
+        full = torch.cat([mask.repeat_interleave(count, 0), token_mask[:, :-1]], 1)
+        logits = model(
+            input_ids=tokens[:, :-1],
+            attention_mask=full,
+            position_ids=_positions(full)[:, mask.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        rest = logits.float().log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
+        scores = scores + (rest * token_mask[:, 1:]).sum(1)
+    return (scores / token_mask.sum(1)).view(rows, count)
+
+
+def _split(tokenizer, prompt: str, labels: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    """Token ids of the prompt and of each label after it, cut where prompt and prompt+label diverge.
+
+    Tokens can merge across the boundary; the ids then belong to the label, as they do in training.
+    """
+    alone = tokenizer(prompt)["input_ids"]
+    whole = [tokenizer(prompt + label)["input_ids"] for label in labels]
+    cut = min(_common_prefix([alone, ids]) for ids in whole)
+    return alone[:cut], [ids[cut:] for ids in whole]
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    shortest, longest = min(sequences), max(sequences)  # in lexicographic order, the extremes share what all share
+    for index, (a, b) in enumerate(zip(shortest, longest, strict=False)):
+        if a != b:
+            return index
+    return min(len(shortest), len(longest))
+
+
+def _pad(sequences: list[list[int]], pad: int, device, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask (rows, longest), padded on one side. The mask goes by length: a pad token may be a real one too."""
+    width = max(map(len, sequences))
+    ids, mask = [], []
+    for sequence in sequences:
+        gap = width - len(sequence)
+        ids.append([pad] * gap + sequence if left else sequence + [pad] * gap)
+        mask.append([0] * gap + [1] * len(sequence) if left else [1] * len(sequence) + [0] * gap)
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
