@@ -10,7 +10,7 @@ except ImportError as error:
         f"source, with torch 2.10 or later in the same environment"
     ) from error
 
-from pyquant import autograd, fake, functional, nn
+from pyquant import autograd, fake, functional, nn  # noqa: F401  the first two complete the ops
 from pyquant.environment import show_config
 from pyquant.errors import CheckpointError
 from pyquant.functional import matmul_4bit

@@ -118,15 +118,6 @@ def _check_float(name: str, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} must be float32, float16 or bfloat16, got {_dtype_name(dtype)}")
 
 
-def _check_same_device(**tensors: torch.Tensor | None) -> None:
-    (first, reference), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
-    for name, tensor in others:
-        if tensor.device != reference.device:
-            raise ValueError(
-                f"{first} is on {reference.device} and {name} on {tensor.device}; move one of them with .to(device)"
-            )
-
-
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -579,6 +570,7 @@ def matmul_4bit(
 
     Raises:
         ValueError: no quant_state, a weight that is not a matrix, an unsupported dtype, or A's last dimension is not K.
+        RuntimeError: the tensors are on different devices, or the weight and its statistics disagree.
     """
     if quant_state is None:
         raise ValueError("matmul_4bit needs the quant_state that quantize_4bit returned with B")
@@ -588,7 +580,6 @@ def matmul_4bit(
     _check_float("A", A.dtype)
     if A.dim() == 0 or A.shape[-1] != k:
         raise ValueError(f"A must end in the weight's {k} input features, got shape {tuple(A.shape)}")
-    _check_same_device(A=A, B=B, absmax=quant_state.absmax, bias=bias)
     if bias is not None and bias.dtype != A.dtype:
         bias = bias.to(A.dtype)
     result = torch.ops.pyquant.linear_4bit(

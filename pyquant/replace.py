@@ -282,7 +282,7 @@ def _summary(linears: Iterable[str], limit: int = 12) -> str:
 
 
 def _report(replaced: int, already: int, left: list[str], before: int, after: int) -> str:
-    text = f"pyquant: {replaced} linear layers replaced by 4-bit ones"
+    text = f"pyquant: {replaced} linear layer{'' if replaced == 1 else 's'} replaced by 4-bit"
     if replaced:
         text += f", weights {before / 2**20:,.1f} MiB -> {after / 2**20:,.1f} MiB"
     if already:

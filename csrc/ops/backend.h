@@ -81,7 +81,7 @@ class Cuda {
  public:
   static constexpr bool kAsync = true;
 
-  explicit Cuda(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit Cuda(const Tensor& tensor) : guard_(checked_index(tensor)) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                     "pyquant: a CUDA tensor, but this torch has no CUDA library");
     void* stream = nullptr;
@@ -133,6 +133,13 @@ class Cuda {
   }
 
  private:
+  // One CUDA tensor among the arguments is enough for the dispatcher to come here.
+  static int32_t checked_index(const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.is_cuda(),
+                    "pyquant: the input is on the CPU and other tensors on a GPU; move one with .to(device)");
+    return tensor.get_device_index();
+  }
+
   // Scratch memory from torch's caching allocator: freed when the op returns, reused only by later work on the stream.
   struct Workspace {
     std::optional<Tensor> tensor;
