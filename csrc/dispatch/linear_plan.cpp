@@ -1,0 +1,149 @@
+#include "dispatch/linear_plan.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <set>
+#include <vector>
+
+namespace pyquant {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+const char* name_of(LinearKernel kernel) {
+  switch (kernel) {
+    case LinearKernel::kSmallM:
+      return "small_m";
+    case LinearKernel::kMma:
+      return "mma";
+    default:
+      return "simt";
+  }
+}
+
+// What the cost model knows about a GPU. The clock, and the bandwidths of memory, are round figures of the data-centre
+// GPUs; only ratios between candidates matter.
+constexpr double kClock = 1.6e3;               // cycles a microsecond
+constexpr double kBytesPerMicrosecond = 2.5e6;  // of memory
+constexpr double kLaunch = 2.0;                // microseconds for one launch more
+
+// Bytes of the packed weight and its statistics.
+double weight_bytes(const LinearProblem& p) { return p.n * p.k * (0.5 + 1.0 / p.blocksize); }
+
+bool small_m_legal(const LinearProblem& p) {
+  return p.direction == LinearDirection::kForward && p.dtype != DType::kFloat32 && p.m <= 8 && p.k % 32 == 0 &&
+         p.aligned;
+}
+
+LinearPlan small_m_plan(const LinearProblem& p, int split) {
+  const int rows = p.m > 2 ? 2 : 4;  // of W, a warp
+  LinearPlan plan{LinearKernel::kSmallM, static_cast<int>(p.m), rows * 8 / split, 1024 * split, split, 0.0};
+  // Decoding costs about 3 instructions a weight, every row of x about one more.
+  const double blocks = static_cast<double>(ceil_div(p.n, plan.tile_n));
+  const double waves = std::max(1.0, blocks / (2.0 * p.sm_count));
+  const double steps = static_cast<double>(ceil_div(p.k, plan.tile_k));
+  const double issue = waves * steps * plan.tile_n * plan.tile_k * (3.5 + p.m) / 64.0 / kClock;
+  // A warp waits for memory about once a step; other blocks hide it, as far as there are any.
+  const double latency = steps * 0.4 * std::min(1.0, waves);
+  plan.microseconds = kLaunch + latency + std::max(issue, weight_bytes(p) / kBytesPerMicrosecond);
+  return plan;
+}
+
+LinearPlan mma_plan(const LinearProblem& p, int tile, int split) {
+  LinearPlan plan{LinearKernel::kMma, tile, tile, 64, split, 0.0};
+  const double tiles = static_cast<double>(ceil_div(p.m, tile)) * ceil_div(p.columns(), tile) * split;
+  const int resident = tile == 128 ? 2 : 4;  // blocks on one SM
+  const double steps = static_cast<double>(ceil_div(ceil_div(p.reduction(), 64), split) + ceil_div(p.rank, 64));
+  // Cycles of an SM for one step of one tile: the products at the rate mma.sync reaches, the weights at about 5
+  // instructions each on 128 lanes, and as much again where odd shapes forbid vector loads.
+  const bool vector = p.aligned && p.k % 32 == 0;
+  const double step = tile * tile * 64.0 / 1100.0 + tile * 64.0 * (vector ? 5.0 : 60.0) / 128.0;
+  // An SM works on its resident tiles together: the last wave is only as long as its fullest SM. One step of a lone
+  // tile waits for memory and for the other warps.
+  const double full = std::max(tiles / p.sm_count, 1.0);
+  const double cycles = std::max(full * step, std::max(1.0, tiles / (p.sm_count * resident)) * std::max(step, 900.0)) *
+                        steps;
+  plan.microseconds = kLaunch + std::max(cycles / kClock, weight_bytes(p) / kBytesPerMicrosecond);
+  if (split > 1) plan.microseconds += kLaunch + 8.0 * split * p.m * p.columns() / kBytesPerMicrosecond;
+  return plan;
+}
+
+LinearPlan simt_plan(const LinearProblem& p) {
+  LinearPlan plan{LinearKernel::kSimt, 64, 64, 16, 1, 0.0};
+  const double tiles = static_cast<double>(ceil_div(p.m, 64)) * ceil_div(p.columns(), 64);
+  const double waves = std::max(1.0, tiles / p.sm_count);
+  plan.microseconds = kLaunch + waves * static_cast<double>(p.reduction() + p.rank) * 64.0 * 64.0 / 48.0 / kClock;
+  return plan;
+}
+
+std::vector<LinearPlan> candidates(const LinearProblem& p) {
+  std::vector<LinearPlan> plans{simt_plan(p)};
+  if (small_m_legal(p)) {
+    for (int split : {1, 2, 4}) {
+      // Rows of x of a whole step of `split` warps lie in shared memory: half as many for 5 to 8 rows.
+      if (split == 4 && p.m > 4) continue;
+      plans.push_back(small_m_plan(p, split));
+    }
+  }
+  if (p.dtype != DType::kFloat32 && p.arch >= 80) {
+    for (int tile : {128, 64}) {
+      const int64_t steps = ceil_div(p.reduction(), 64);
+      for (int split : {1, 2, 4, 8}) {
+        if (split == 1 || steps >= 4 * split) plans.push_back(mma_plan(p, tile, split));
+      }
+    }
+  }
+  return plans;
+}
+
+}  // namespace
+
+int64_t LinearPlan::workspace(const LinearProblem& problem) const {
+  if (kernel != LinearKernel::kMma || split == 1) return 0;
+  // Rows of an even length, so that pairs of columns stay aligned.
+  return int64_t{split} * problem.m * ((problem.columns() + 1) / 2 * 2) * 4;
+}
+
+LinearPlan plan_linear(const LinearProblem& problem) {
+  const std::vector<LinearPlan> plans = candidates(problem);
+  const char* forced = std::getenv("PYQUANT_KERNEL");
+  const LinearPlan* best = nullptr;
+  for (const bool respect : {true, false}) {
+    for (const LinearPlan& plan : plans) {
+      if (respect && forced != nullptr && std::strcmp(forced, name_of(plan.kernel)) != 0) continue;
+      if (best == nullptr || plan.microseconds < best->microseconds) best = &plan;
+    }
+    if (best != nullptr) break;
+  }
+  return *best;
+}
+
+void log_plan(const LinearProblem& problem, const LinearPlan& plan) {
+  const char* log = std::getenv("PYQUANT_LOG");
+  if (log == nullptr || std::strcmp(log, "plan") != 0) return;
+  static std::mutex mutex;
+  static std::set<std::string> printed;
+  const std::string line = describe(problem, plan);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (printed.insert(line).second) std::fprintf(stderr, "pyquant: %s\n", line.c_str());
+}
+
+std::string describe(const LinearProblem& problem, const LinearPlan& plan) {
+  const char* dtype = problem.dtype == DType::kFloat32   ? "float32"
+                      : problem.dtype == DType::kFloat16 ? "float16"
+                                                         : "bfloat16";
+  char line[256];
+  std::snprintf(line, sizeof(line),
+                "%s m=%lld n=%lld k=%lld rank=%lld blocksize=%lld %s sm_%d%s: %s tile %dx%dx%d split %d, about %.1f us",
+                problem.direction == LinearDirection::kForward ? "linear_4bit" : "linear_4bit_dx",
+                static_cast<long long>(problem.m), static_cast<long long>(problem.n), static_cast<long long>(problem.k),
+                static_cast<long long>(problem.rank), static_cast<long long>(problem.blocksize), dtype, problem.arch,
+                problem.aligned ? "" : " unaligned", name_of(plan.kernel), plan.tile_m, plan.tile_n, plan.tile_k,
+                plan.split, plan.microseconds);
+  return line;
+}
+
+}  // namespace pyquant

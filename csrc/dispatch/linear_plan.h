@@ -1,0 +1,56 @@
+// Which kernel a 4-bit linear runs on a GPU, and how it is cut up: a typed problem in, a typed plan out. Host code
+// without CUDA, so that a plan can be printed anywhere.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "format/quantized_matrix.h"
+
+namespace pyquant {
+
+enum class LinearDirection : int {
+  kForward,  // y[m, n] = x[m, k] · Wᵀ
+  kDx,       // dx[m, k] = dy[m, n] · W
+};
+
+struct LinearProblem {
+  LinearDirection direction;
+  int64_t m, n, k;  // W is [n, k]
+  DType dtype;
+  int64_t rank;  // of the low-rank term, 0 without one
+  int64_t blocksize;
+  int arch;  // 10 · major + minor
+  int sm_count;
+  bool aligned;  // pointers are 16-byte aligned: vector accesses wherever the shape allows them
+
+  int64_t columns() const { return direction == LinearDirection::kForward ? n : k; }    // of the output
+  int64_t reduction() const { return direction == LinearDirection::kForward ? k : n; }  // summed over
+};
+
+enum class LinearKernel : int {
+  kSmallM,    // 16-bit, few rows of x, bandwidth-bound: rows of W to warps, fp32 arithmetic
+  kMma,       // 16-bit, tensor cores through mma.sync
+  kSimt,      // any type and shape, fp32 arithmetic
+};
+
+struct LinearPlan {
+  LinearKernel kernel;
+  int tile_m, tile_n, tile_k;  // of the output, and of one step along the reduction
+  int split;  // kMma: blocks that share an output tile, each with a part of the reduction; kSmallM: warps likewise
+  double microseconds;  // the cost model's estimate, by which candidates are ranked
+
+  // Bytes for the partial sums of a split reduction.
+  int64_t workspace(const LinearProblem& problem) const;
+};
+
+// The best legal plan. PYQUANT_KERNEL=small_m, mma or simt forces a kernel wherever it is legal, for tests.
+LinearPlan plan_linear(const LinearProblem& problem);
+
+// With PYQUANT_LOG=plan, prints each distinct choice once to stderr.
+void log_plan(const LinearProblem& problem, const LinearPlan& plan);
+
+// One line: the problem, the kernel, the tiles and the estimate.
+std::string describe(const LinearProblem& problem, const LinearPlan& plan);
+
+}  // namespace pyquant

@@ -1,0 +1,69 @@
+// linear_4bit and linear_4bit_dx: describe the problem, take the plan, launch its kernel.
+#include <algorithm>
+
+#include "dispatch/linear_plan.h"
+#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/linear_kernels.h"
+
+namespace pyquant::cuda {
+namespace {
+
+LinearProblem problem_of(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank,
+                         bool aligned) {
+  const Device& device = current_device();
+  return {direction,   m, weight.n, weight.k, dtype, rank, weight.blocksize, device.arch, device.sm_count,
+          aligned};
+}
+
+// The caller allocates before all pointers are known, so for the larger of the two plans that alignment decides between.
+int64_t workspace(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank) {
+  if (m <= 0 || weight.numel() <= 0) return 0;
+  int64_t bytes = 0;
+  for (const bool aligned : {true, false}) {
+    const LinearProblem problem = problem_of(direction, weight, dtype, m, rank, aligned);
+    bytes = std::max(bytes, plan_linear(problem).workspace(problem));
+  }
+  return bytes;
+}
+
+void run(LinearDirection direction, const LinearArguments& arguments, cudaStream_t stream) {
+  const QuantizedMatrix& matrix = arguments.weight.matrix;
+  if (arguments.m <= 0 || matrix.numel() <= 0) return;
+  const bool aligned = aligned_16(arguments.input) && aligned_16(matrix.packed);
+  const LinearProblem problem =
+      problem_of(direction, matrix, arguments.dtype, arguments.m, arguments.lora.rank, aligned);
+  const LinearPlan plan = plan_linear(problem);
+  log_plan(problem, plan);
+  switch (plan.kernel) {
+    case LinearKernel::kSmallM:
+      return linear_small_m(arguments, plan, stream);
+    case LinearKernel::kMma:
+      return linear_mma(arguments, direction, plan, stream);
+    case LinearKernel::kSimt:
+      return linear_simt(arguments, direction, stream);
+  }
+}
+
+}  // namespace
+
+int64_t linear_4bit_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank) {
+  return workspace(LinearDirection::kForward, weight, dtype, m, rank);
+}
+
+void linear_4bit(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const void* bias,
+                 const LowRank& lora, void* y, void* workspace, cudaStream_t stream) {
+  const Dropout no_dropout{nullptr, 0, 1.0f};
+  run(LinearDirection::kForward, {make_weight(weight), dtype, m, x, bias, lora, no_dropout, y, workspace}, stream);
+}
+
+int64_t linear_4bit_dx_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank) {
+  return workspace(LinearDirection::kDx, weight, dtype, m, rank);
+}
+
+void linear_4bit_dx(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy, const LowRank& lora,
+                    const Dropout& dropout, void* dx, void* workspace, cudaStream_t stream) {
+  run(LinearDirection::kDx, {make_weight(weight), dtype, m, dy, nullptr, lora, dropout, dx, workspace}, stream);
+}
+
+}  // namespace pyquant::cuda

@@ -1,0 +1,394 @@
+// The products of a LoRA adapter around the 4-bit linear: x·Aᵀ, dy·B and the gradients of A and B. All four are skinny,
+// with the rank (1 to 256) as one dimension of the output, and bound by reading the one large activation.
+#include <algorithm>
+
+#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/tile.h"
+
+namespace pyquant::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+// output(i, j) = alpha · sum over s of large(i, s) · small(s, j), with i along the large operand and j along the rank.
+struct Output {
+  void* data;
+  bool is_float;            // else the element type
+  int64_t outer, rank;      // its two sizes
+  int64_t outer_stride, rank_stride;
+  float alpha;
+  float* partial;  // [split][outer · rank] in the layout of the output when the reduction is split, else null
+};
+
+template <typename T>
+__device__ void store(const Output& output, int part, int64_t i, int64_t j, float value) {
+  if (i >= output.outer || j >= output.rank) return;
+  const int64_t index = i * output.outer_stride + j * output.rank_stride;
+  if (output.partial != nullptr) {
+    output.partial[part * output.outer * output.rank + index] = value;
+  } else if (output.is_float) {
+    static_cast<float*>(output.data)[index] = value * output.alpha;
+  } else {
+    static_cast<T*>(output.data)[index] = from_float<T>(value * output.alpha);
+  }
+}
+
+// --- Tensor cores, 16-bit types ---
+
+// A block computes 32 × kRank of the output in steps of 128 along the reduction, of which each of its 8 warps multiplies
+// 16; the warps' sums meet at the end. So many warps to so small a tile keep enough bytes of the large operand in flight.
+constexpr int kOuter = 32;
+constexpr int kStep = 128;
+constexpr int kStages = 3;
+
+// kLargeByStep: the large operand is [reduction, outer], else [outer, reduction]; kSmallByStep: the small one is
+// [reduction, rank], else [rank, reduction].
+template <bool kLargeByStep, bool kSmallByStep, int kRank>
+struct SkinnyTile {
+  static constexpr int kLargeRows = kLargeByStep ? kStep : kOuter, kLargeColumns = kLargeByStep ? kOuter : kStep;
+  static constexpr int kSmallRows = kSmallByStep ? kStep : kRank, kSmallColumns = kSmallByStep ? kRank : kStep;
+  static constexpr int kLargeElements = kLargeRows * padded(kLargeColumns);
+  static constexpr int kSmallElements = kSmallRows * padded(kSmallColumns);
+  static constexpr int kStageElements = kLargeElements + kSmallElements;
+  static constexpr int kPipelineBytes = kStages * kStageElements * 2;
+  static constexpr int kSumBytes = kWarps * kOuter * kRank * 4;
+  static constexpr int kSharedBytes = kPipelineBytes > kSumBytes ? kPipelineBytes : kSumBytes;
+};
+
+template <typename T, bool kLargeByStep, bool kSmallByStep, int kRank>
+__global__ void __launch_bounds__(kThreads)
+    skinny_mma_kernel(const __grid_constant__ Dense<T> large, const __grid_constant__ Dense<T> small,
+                      const __grid_constant__ Dropout dropout, const __grid_constant__ Output output) {
+  using Tile = SkinnyTile<kLargeByStep, kSmallByStep, kRank>;
+  extern __shared__ __align__(16) unsigned char dynamic_shared[];
+  T* stages = reinterpret_cast<T*>(dynamic_shared);
+
+  const int64_t reduction = kLargeByStep ? large.rows : large.columns;
+  const int64_t all_steps = (reduction + kStep - 1) / kStep;
+  const int part = blockIdx.y, parts = gridDim.y;
+  const int64_t first_step = all_steps * part / parts, steps = all_steps * (part + 1) / parts - first_step;
+  // Blocks with the same part of the large operand are neighbours.
+  const int rank_tiles = static_cast<int>((output.rank + kRank - 1) / kRank);
+  const int64_t outer0 = int64_t{blockIdx.x / rank_tiles} * kOuter, rank0 = blockIdx.x % rank_tiles * kRank;
+  const uint64_t seed = dropout.active() ? static_cast<uint64_t>(*dropout.seed) : 0;
+
+  const auto start_loads = [&](int64_t step) {
+    if (step < steps) {
+      T* stage = stages + step % kStages * Tile::kStageElements;
+      const int64_t step0 = (first_step + step) * kStep;
+      load_tile<Tile::kLargeRows, Tile::kLargeColumns, kThreads>(stage, large, kLargeByStep ? step0 : outer0,
+                                                                 kLargeByStep ? outer0 : step0);
+      load_tile<Tile::kSmallRows, Tile::kSmallColumns, kThreads>(stage + Tile::kLargeElements, small,
+                                                                 kSmallByStep ? step0 : rank0,
+                                                                 kSmallByStep ? rank0 : step0);
+    }
+    ptx::commit_copies();  // an empty group at the end keeps the count that wait_copies goes by
+  };
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  ptx::FragC sum[kOuter / 16][kRank / 8] = {};
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) start_loads(step);
+  for (int64_t step = 0; step < steps; ++step) {
+    T* stage = stages + step % kStages * Tile::kStageElements;
+    ptx::wait_copies<kStages - 2>();
+    if (dropout.active()) {
+      const int64_t step0 = (first_step + step) * kStep;
+      drop_elements<Tile::kLargeRows, Tile::kLargeColumns, kThreads>(
+          stage, large, kLargeByStep ? step0 : outer0, kLargeByStep ? outer0 : step0, seed, dropout.threshold);
+    }
+    // This stage is complete, and every warp is done with the stage before, which the next loads overwrite.
+    __syncthreads();
+    start_loads(step + kStages - 1);
+
+    const T* small_tile = stage + Tile::kLargeElements;
+    ptx::FragA a[kOuter / 16];
+#pragma unroll
+    for (int i = 0; i < kOuter / 16; ++i) {
+      a[i] = load_a<kLargeByStep>(stage, padded(Tile::kLargeColumns), 16 * i, 16 * warp);
+    }
+#pragma unroll
+    for (int j = 0; j < kRank / 8; j += 2) {
+      ptx::FragB b[2];
+      load_b<kSmallByStep>(small_tile, padded(Tile::kSmallColumns), 8 * j, 16 * warp, b[0], b[1]);
+#pragma unroll
+      for (int i = 0; i < kOuter / 16; ++i) {
+        ptx::mma<T>(sum[i][j], a[i], b[0]);
+        ptx::mma<T>(sum[i][j + 1], a[i], b[1]);
+      }
+    }
+  }
+
+  ptx::wait_copies<0>();
+  __syncthreads();  // the stages' memory now holds the warps' sums, [warp][outer][rank]
+  float* sums = reinterpret_cast<float*>(dynamic_shared);
+#pragma unroll
+  for (int i = 0; i < kOuter / 16; ++i) {
+#pragma unroll
+    for (int j = 0; j < kRank / 8; ++j) {
+#pragma unroll
+      for (int v = 0; v < 4; v += 2) {
+        const int row = 16 * i + lane / 4 + (v >= 2 ? 8 : 0), column = 8 * j + lane % 4 * 2;
+        *reinterpret_cast<float2*>(sums + (warp * kOuter + row) * kRank + column) =
+            make_float2(sum[i][j].value[v], sum[i][j].value[v + 1]);
+      }
+    }
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int index = threadIdx.x; index < kOuter * kRank; index += kThreads) {
+    // Along the output's contiguous dimension.
+    const bool by_outer = output.outer_stride == 1;
+    const int i = by_outer ? index % kOuter : index / kRank, j = by_outer ? index / kOuter : index % kRank;
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += sums[(w * kOuter + i) * kRank + j];
+    store<T>(output, part, outer0 + i, rank0 + j, total);
+  }
+}
+
+template <typename T, bool kLargeByStep, bool kSmallByStep, int kRank>
+void launch_skinny_mma(const char* name, const std::string& problem, const Dense<T>& large, const Dense<T>& small,
+                       const Dropout& dropout, const Output& output, int split, cudaStream_t stream) {
+  const auto kernel = skinny_mma_kernel<T, kLargeByStep, kSmallByStep, kRank>;
+  constexpr int kSharedBytes = SkinnyTile<kLargeByStep, kSmallByStep, kRank>::kSharedBytes;
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), name, kSharedBytes);
+  const unsigned tiles = grid_size(ceil_div(output.outer, kOuter) * ceil_div(output.rank, kRank), name);
+  kernel<<<dim3(tiles, split), kThreads, kSharedBytes, stream>>>(large, small, dropout, output);
+  check_launch(name, problem);
+}
+
+template <typename T, bool kLargeByStep, bool kSmallByStep>
+void skinny_mma(const char* name, const std::string& problem, const Dense<T>& large, const Dense<T>& small,
+                const Dropout& dropout, const Output& output, int split, cudaStream_t stream) {
+  const auto launch = output.rank <= 16 ? launch_skinny_mma<T, kLargeByStep, kSmallByStep, 16>
+                                        : launch_skinny_mma<T, kLargeByStep, kSmallByStep, 64>;
+  launch(name, problem, large, small, dropout, output, split, stream);
+}
+
+// --- float32 ---
+
+constexpr int kSimtTile = 64;
+constexpr int kSimtStep = 16;
+constexpr int kSimtPitch = kSimtTile + 4;
+
+// An operand by its strides along the output and along the reduction; one of the two is 1.
+struct Strided {
+  const float* data;
+  int64_t outer, outer_stride, step_stride;
+};
+
+__device__ inline void load_strided(float (&tile)[kSimtStep][kSimtPitch], const Strided& operand, int64_t outer0,
+                                    int64_t step0, int64_t end, const Dropout& dropout, uint64_t seed) {
+#pragma unroll
+  for (int i = 0; i < kSimtTile * kSimtStep / kThreads; ++i) {
+    const int index = threadIdx.x + i * kThreads;
+    const bool by_step = operand.step_stride == 1;
+    const int step = by_step ? index % kSimtStep : index / kSimtTile;
+    const int outer = by_step ? index / kSimtStep : index % kSimtTile;
+    float value = 0.0f;
+    if (outer0 + outer < operand.outer && step0 + step < end) {
+      const int64_t from = (outer0 + outer) * operand.outer_stride + (step0 + step) * operand.step_stride;
+      value = operand.data[from];
+      if (dropout.active() && !keeps(seed, dropout.threshold, from)) value = 0.0f;
+    }
+    tile[step][outer] = value;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 2)
+    skinny_simt_kernel(const __grid_constant__ Strided large, const __grid_constant__ Strided small, int64_t reduction,
+                       const __grid_constant__ Dropout dropout, const __grid_constant__ Output output) {
+  __shared__ alignas(16) float large_tile[kSimtStep][kSimtPitch];
+  __shared__ alignas(16) float small_tile[kSimtStep][kSimtPitch];
+  const int part = blockIdx.y, parts = gridDim.y;
+  const int64_t all_steps = (reduction + kSimtStep - 1) / kSimtStep;
+  const int64_t first = all_steps * part / parts, last = all_steps * (part + 1) / parts;
+  const int rank_tiles = static_cast<int>((output.rank + kSimtTile - 1) / kSimtTile);
+  const int64_t outer0 = int64_t{blockIdx.x / rank_tiles} * kSimtTile, rank0 = blockIdx.x % rank_tiles * kSimtTile;
+  const uint64_t seed = dropout.active() ? static_cast<uint64_t>(*dropout.seed) : 0;
+  const Dropout no_dropout{nullptr, 0, 1.0f};
+  const int row = threadIdx.x / 16 * 4, column = threadIdx.x % 16 * 4;
+
+  float sum[4][4] = {};
+  for (int64_t step = first; step < last; ++step) {
+    __syncthreads();  // the previous step's reads are done
+    load_strided(large_tile, large, outer0, step * kSimtStep, reduction, dropout, seed);
+    load_strided(small_tile, small, rank0, step * kSimtStep, reduction, no_dropout, 0);
+    __syncthreads();
+#pragma unroll
+    for (int s = 0; s < kSimtStep; ++s) {
+      const float4 a = *reinterpret_cast<const float4*>(&large_tile[s][row]);
+      const float4 b = *reinterpret_cast<const float4*>(&small_tile[s][column]);
+      const float left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[i][j] = fmaf(left[i], right[j], sum[i][j]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) store<float>(output, part, outer0 + row + i, rank0 + column + j, sum[i][j]);
+  }
+}
+
+void skinny_simt(const char* name, const std::string& problem, const Strided& large, const Strided& small,
+                 int64_t reduction, const Dropout& dropout, const Output& output, int split, cudaStream_t stream) {
+  const unsigned tiles = grid_size(ceil_div(output.outer, kSimtTile) * ceil_div(output.rank, kSimtTile), name);
+  skinny_simt_kernel<<<dim3(tiles, split), kThreads, 0, stream>>>(large, small, reduction, dropout, output);
+  check_launch(name, problem);
+}
+
+// --- A few rows of x: a warp to each element of the output ---
+
+constexpr int64_t kFewRows = 16;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    lora_down_few_rows_kernel(const __grid_constant__ Dense<T> x, const __grid_constant__ Dense<T> a, float scaling,
+                              T* __restrict__ xa) {
+  const int64_t rank = a.rows, k = a.columns;
+  const int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (index >= x.rows * rank) return;
+  const int lane = threadIdx.x % 32;
+  const T* x_row = x.data + index / rank * k;
+  const T* a_row = a.data + index % rank * k;
+  float sum = 0.0f;
+  if (x.vector && a.vector) {
+#pragma unroll 4
+    for (int64_t i = lane; i < k / 8; i += 32) {
+      const uint4 left = __ldg(reinterpret_cast<const uint4*>(x_row) + i);
+      const uint4 right = __ldg(reinterpret_cast<const uint4*>(a_row) + i);
+      const uint32_t left_pair[4] = {left.x, left.y, left.z, left.w};
+      const uint32_t right_pair[4] = {right.x, right.y, right.z, right.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 l = unpack_pair<T>(left_pair[j]), r = unpack_pair<T>(right_pair[j]);
+        sum = fmaf(l.y, r.y, fmaf(l.x, r.x, sum));
+      }
+    }
+  } else {
+    for (int64_t i = lane; i < k; i += 32) sum = fmaf(to_float(x_row[i]), to_float(a_row[i]), sum);
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance >>= 1) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
+  if (lane == 0) xa[index] = from_float<T>(sum * scaling);
+}
+
+// --- Gradients: the reduction over m in parts ---
+
+// Enough blocks to fill the GPU a few times over, but no part shorter than 512 rows.
+int grad_split(int64_t m, int64_t columns, int64_t rank) {
+  const int64_t tiles = ceil_div(columns, kOuter) * ceil_div(rank, rank <= 16 ? 16 : 64);
+  const int64_t wanted = ceil_div(int64_t{4} * current_device().sm_count, tiles);
+  return static_cast<int>(std::clamp<int64_t>(std::min(wanted, m / 512), 1, 32));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    add_parts_kernel(const float* __restrict__ partial, int split, int64_t size, float alpha,
+                     float* __restrict__ output) {
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < size; i += int64_t{gridDim.x} * kThreads) {
+    float sum = 0.0f;
+    for (int part = 0; part < split; ++part) sum += partial[part * size + i];
+    output[i] = sum * alpha;
+  }
+}
+
+// grad(i, j) = sum over rows of large[row, i] · small[row, j].
+void lora_grad(const char* name, DType dtype, int64_t m, int64_t columns, int64_t rank, const void* large,
+               const void* small, const Dropout& dropout, int64_t outer_stride, int64_t rank_stride, float* grad,
+               void* workspace, cudaStream_t stream) {
+  if (columns <= 0 || rank <= 0) return;
+  const int split = grad_split(m, columns, rank);
+  const float alpha = dropout.active() ? dropout.scale : 1.0f;
+  float* partial = split > 1 ? static_cast<float*>(workspace) : nullptr;
+  const Output output{grad, true, columns, rank, outer_stride, rank_stride, alpha, partial};
+  const std::string problem = "of " + std::to_string(m) + " rows, " + std::to_string(columns) + " columns and rank " +
+                              std::to_string(rank);
+  if (dtype == DType::kFloat32) {
+    skinny_simt(name, problem, {static_cast<const float*>(large), columns, 1, columns},
+                {static_cast<const float*>(small), rank, 1, rank}, m, dropout, output, split, stream);
+  } else {
+    with_half_type(dtype, [&](auto element) {
+      using T = decltype(element);
+      skinny_mma<T, true, true>(name, problem, make_dense<T>(large, m, columns), make_dense<T>(small, m, rank), dropout,
+                                output, split, stream);
+    });
+  }
+  if (split > 1) {
+    const int64_t size = columns * rank;
+    const int64_t blocks = std::min<int64_t>(ceil_div(size, kThreads), 65536);
+    add_parts_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(partial, split, size, alpha, grad);
+    check_launch("lora_grad's sum of parts", problem);
+  }
+}
+
+}  // namespace
+
+void lora_down(DType dtype, int64_t m, int64_t k, int64_t rank, const void* x, const void* a, float scaling,
+               const Dropout& dropout, void* xa, cudaStream_t stream) {
+  if (m <= 0 || rank <= 0) return;
+  const std::string problem = "of " + std::to_string(m) + " rows, " + std::to_string(k) + " columns and rank " +
+                              std::to_string(rank);
+  const float alpha = dropout.active() ? scaling * dropout.scale : scaling;
+  const Output output{xa, false, m, rank, rank, 1, alpha, nullptr};
+  if (dtype == DType::kFloat32) {
+    skinny_simt("lora_down", problem, {static_cast<const float*>(x), m, k, 1}, {static_cast<const float*>(a), rank, k, 1},
+                k, dropout, output, 1, stream);
+    return;
+  }
+  with_half_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const Dense<T> large = make_dense<T>(x, m, k), small = make_dense<T>(a, rank, k);
+    if (m <= kFewRows && !dropout.active()) {
+      const unsigned grid = grid_size(ceil_div(m * rank, kWarps), "lora_down");
+      lora_down_few_rows_kernel<T><<<grid, kThreads, 0, stream>>>(large, small, scaling, static_cast<T*>(xa));
+      check_launch("lora_down", problem);
+    } else {
+      skinny_mma<T, false, false>("lora_down", problem, large, small, dropout, output, 1, stream);
+    }
+  });
+}
+
+void lora_dya(DType dtype, int64_t m, int64_t n, int64_t rank, const void* dy, const void* b, float scaling, void* dya,
+              cudaStream_t stream) {
+  if (m <= 0 || rank <= 0) return;
+  const std::string problem = "of " + std::to_string(m) + " rows, " + std::to_string(n) + " columns and rank " +
+                              std::to_string(rank);
+  const Dropout no_dropout{nullptr, 0, 1.0f};
+  const Output output{dya, false, m, rank, rank, 1, scaling, nullptr};
+  if (dtype == DType::kFloat32) {
+    skinny_simt("lora_dya", problem, {static_cast<const float*>(dy), m, n, 1}, {static_cast<const float*>(b), rank, 1, rank},
+                n, no_dropout, output, 1, stream);
+    return;
+  }
+  with_half_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    skinny_mma<T, false, true>("lora_dya", problem, make_dense<T>(dy, m, n), make_dense<T>(b, n, rank), no_dropout,
+                               output, 1, stream);
+  });
+}
+
+int64_t lora_grad_workspace(int64_t m, int64_t columns, int64_t rank) {
+  if (m <= 0 || columns <= 0 || rank <= 0) return 0;
+  const int split = grad_split(m, columns, rank);
+  return split > 1 ? int64_t{split} * columns * rank * 4 : 0;
+}
+
+void lora_grad_a(DType dtype, int64_t m, int64_t k, int64_t rank, const void* dya, const void* x,
+                 const Dropout& dropout, float* da, void* workspace, cudaStream_t stream) {
+  lora_grad("lora_grad_a", dtype, m, k, rank, x, dya, dropout, 1, k, da, workspace, stream);
+}
+
+void lora_grad_b(DType dtype, int64_t m, int64_t n, int64_t rank, const void* dy, const void* xa, float* db,
+                 void* workspace, cudaStream_t stream) {
+  const Dropout no_dropout{nullptr, 0, 1.0f};
+  lora_grad("lora_grad_b", dtype, m, n, rank, dy, xa, no_dropout, rank, 1, db, workspace, stream);
+}
+
+}  // namespace pyquant::cuda
