@@ -11,7 +11,7 @@ except ImportError as error:
     ) from error
 
 from pyquant import autograd, fake, functional, nn  # noqa: F401  the first two complete the ops
-from pyquant.environment import show_config
+from pyquant.environment import explain_plan, show_config
 from pyquant.errors import CheckpointError
 from pyquant.functional import matmul_4bit
 from pyquant.integrations import when_imported
@@ -22,6 +22,7 @@ __version__ = _C.version()
 __all__ = [
     "CheckpointError",
     "dequantize_linear",
+    "explain_plan",
     "functional",
     "lora_config",
     "matmul_4bit",

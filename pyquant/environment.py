@@ -7,7 +7,7 @@ import torch
 
 from pyquant import _C
 
-__all__ = ["show_config"]
+__all__ = ["explain_plan", "show_config"]
 
 
 def show_config() -> None:
@@ -17,6 +17,46 @@ def show_config() -> None:
     """
     for name, text in _lines():
         print(f"{name + ':':<14} {text}")
+
+
+def explain_plan(
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype = torch.bfloat16,
+    rank: int = 0,
+    blocksize: int = 64,
+    direction: str = "forward",
+    arch: int | None = None,
+    sm_count: int | None = None,
+) -> str:
+    """Which kernel and tiles a 4-bit linear runs with on a GPU, and the cost model's estimate, in one line.
+
+    ``PYQUANT_LOG=plan`` in the environment prints the same for every product that a program makes, once each.
+
+    Args:
+        m: rows of the input (tokens).
+        n: output features.
+        k: input features.
+        dtype: of the input.
+        rank: of the LoRA adapter, 0 without one.
+        blocksize: of the weight.
+        direction: ``"forward"`` or ``"dx"``, the gradient of the input.
+        arch: compute capability as in 90; by default that of the current GPU, or 90 without one.
+        sm_count: multiprocessors; by default those of the current GPU, or 132 without one.
+
+    Raises:
+        ValueError: an argument has an unsupported value.
+    """
+    if arch is None or sm_count is None:
+        devices = _C.cuda_devices()
+        current = devices[torch.cuda.current_device()] if devices and torch.cuda.is_available() else None
+        if arch is None:
+            arch = 10 * current.major + current.minor if current else 90
+        if sm_count is None:
+            sm_count = current.multiprocessors if current else 132
+    name = str(dtype).removeprefix("torch.")
+    return _C.explain_plan(m, n, k, name, rank, blocksize, direction, arch, sm_count)
 
 
 def _lines():

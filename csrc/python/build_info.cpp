@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "dispatch/linear_plan.h"
 #include "kernels/cpu/isa.h"
 
 #if PYQUANT_CUDA
@@ -26,6 +27,37 @@ void set_cpu_isa(const std::string& name) {
     return;
   }
   throw std::invalid_argument("'" + name + "' is not one of portable, avx2, avx512 and amx");
+}
+
+std::string explain_plan(int64_t m, int64_t n, int64_t k, const std::string& dtype, int64_t rank, int64_t blocksize,
+                         const std::string& direction, int arch, int sm_count) {
+  LinearProblem problem{};
+  if (direction == "forward") {
+    problem.direction = LinearDirection::kForward;
+  } else if (direction == "dx") {
+    problem.direction = LinearDirection::kDx;
+  } else {
+    throw std::invalid_argument("direction must be 'forward' or 'dx', got '" + direction + "'");
+  }
+  if (dtype == "float32") {
+    problem.dtype = DType::kFloat32;
+  } else if (dtype == "float16") {
+    problem.dtype = DType::kFloat16;
+  } else if (dtype == "bfloat16") {
+    problem.dtype = DType::kBFloat16;
+  } else {
+    throw std::invalid_argument("dtype must be float32, float16 or bfloat16, got '" + dtype + "'");
+  }
+  if (m < 0 || n < 1 || k < 1 || rank < 0) throw std::invalid_argument("m and rank must be >= 0, n and k >= 1");
+  problem.m = m;
+  problem.n = n;
+  problem.k = k;
+  problem.rank = rank;
+  problem.blocksize = blocksize;
+  problem.arch = arch;
+  problem.sm_count = sm_count;
+  problem.aligned = true;
+  return describe(problem, plan_linear(problem));
 }
 
 #if PYQUANT_CUDA
