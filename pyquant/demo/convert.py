@@ -36,7 +36,9 @@ def convert_gguf(gguf_file: Path, folder: Path, dtype: torch.dtype = torch.bfloa
     reader = GGUFReader(gguf_file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields["general.architecture"] != "llama":
-        raise ValueError(f"{gguf_file.name} holds a {fields['general.architecture']} model; only llama can be converted.")
+        raise ValueError(
+            f"{gguf_file.name} holds a {fields['general.architecture']} model; only llama can be converted."
+        )
     heads, kv_heads = fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]
 
     state = {}
@@ -122,7 +124,9 @@ def _tokenizer(fields: dict):
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
     control = [t for t, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if kind == _CONTROL_TOKEN]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    special = {f"{kind}_token": tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for kind, key in _SPECIAL_TOKENS.items()}
+    special = {
+        f"{kind}_token": tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for kind, key in _SPECIAL_TOKENS.items()
+    }
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=fields["llama.context_length"],

@@ -36,7 +36,9 @@ def write_splits(folder: Path, held_out: int, assets: Path | None = None, seed: 
 
     A sentence that occurs twice could stand on both sides of the split; only its first row is kept.
     """
-    rows = list({text: (text, label_of(rating)) for _, rating, text in reversed(sentiment_texts("movie", assets))}.values())
+    rows = list(
+        {text: (text, label_of(rating)) for _, rating, text in reversed(sentiment_texts("movie", assets))}.values()
+    )
     rows.sort()
     random.Random(seed).shuffle(rows)
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,16 +20,19 @@ __all__ = [
     "QuantizationConfig",
     "TrainingConfig",
     "describe_keys",
+    "keys",
     "load_config",
+    "nearest",
     "parse_config",
     "to_dict",
 ]
 
 
 def _option(default: Any, help: str, minimum: float | None = None) -> Any:
+    """A field with its description; a list is copied for every configuration."""
     metadata = {"help": help, "minimum": minimum}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -41,7 +44,9 @@ class ModelConfig:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = _option(
         "auto", "dtype of weights and arithmetic; auto: bf16 where the device has it, else fp16 on a GPU, fp32 on a CPU"
     )
-    attention: str | None = _option(None, "attention implementation (sdpa, eager, flash_attention_2); null: the model's")
+    attention: str | None = _option(
+        None, "attention implementation (sdpa, eager, flash_attention_2); null: the model's"
+    )
 
 
 @dataclass
@@ -51,7 +56,7 @@ class QuantizationConfig:
     method: Literal["nf4", "fp4", "none"] = _option("nf4", "4-bit type, or none for 16-bit LoRA")
     blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = _option(64, "values that share one absmax")
     double_quant: bool = _option(True, "quantize the absmax values too")
-    skip: list[str] = _option(["lm_head"], "names of layers left in 16 bits")
+    skip: list[str] = _option(["lm_head"], "names of layers left in 16 bits")  # noqa: RUF009
 
 
 @dataclass
@@ -61,7 +66,7 @@ class AdapterConfig:
     r: int = _option(16, "rank", minimum=1)
     alpha: float = _option(32, "scaling is alpha / r", minimum=0)
     dropout: float = _option(0.0, "dropout on the adapter's input", minimum=0)
-    target_modules: str | list[str] = _option("all-linear", "all-linear, or the names of the layers to adapt")
+    target_modules: str | list[str] = _option("all-linear", "all-linear, or names of layers to adapt")  # noqa: RUF009
 
 
 @dataclass
@@ -105,7 +110,9 @@ class TrainingConfig:
     eval_every: int | None = _option(None, "steps between two evaluations; null: only at the end", minimum=1)
     save_every: int = _option(100, "steps between two checkpoints", minimum=1)
     keep_checkpoints: int | None = _option(2, "checkpoints kept; null: all", minimum=1)
-    resume: str = _option("auto", "auto: from the last checkpoint in output_dir, if any; never; or a checkpoint's folder")
+    resume: str = _option(
+        "auto", "auto: from the last checkpoint in output_dir, if any; never; or a checkpoint's folder"
+    )
     seed: int = _option(0, "seed of data order, adapter and dropout", minimum=0)
     threads: int | None = _option(None, "CPU threads; null: torch's choice. Fix it for results that repeat", minimum=1)
     tensorboard: bool = _option(True, "write TensorBoard logs")
@@ -154,7 +161,9 @@ def parse_config(tree: Any, overrides: Iterable[str] = ()) -> Config:
                 continue
             if not isinstance(section, dict):
                 _check_section(name)
-                raise ConfigError(f"{name} must be a section of keys, not {section!r}; write {name}: with keys below it.")
+                raise ConfigError(
+                    f"{name} must be a section of keys, not {section!r}; write {name}: with keys below it."
+                )
             for key, value in section.items():
                 _set(config, f"{name}.{key}", value)
     for word in overrides:
@@ -202,7 +211,7 @@ def _section_class(name: str) -> type:
 
 def _check_section(name: Any) -> None:
     if name not in _sections():
-        raise ConfigError(f"{name} is not a configuration section; {_nearest(str(name), _sections())}")
+        raise ConfigError(f"{name} is not a configuration section; {nearest(str(name), _sections())}")
 
 
 def _set(config: Config, key: str, value: Any) -> None:
@@ -212,11 +221,11 @@ def _set(config: Config, key: str, value: Any) -> None:
             # Within a section its own keys are the likeliest, so that adapter.rank finds adapter.r.
             candidates = [k for k in keys() if k.startswith(section + ".")]
             close = difflib.get_close_matches(name, [k.partition(".")[2] for k in candidates], 1, 0.4)
-            nearest = f"did you mean {section}.{close[0]}?" if close else _nearest(key, candidates)
+            hint = f"did you mean {section}.{close[0]}?" if close else nearest(key, candidates)
         else:
             same_name = [k for k in keys() if k.partition(".")[2] == (name or section)]
-            nearest = f"did you mean {same_name[0]}?" if same_name else _nearest(key, list(keys()))
-        raise ConfigError(f"{key} is not a configuration key; {nearest}")
+            hint = f"did you mean {same_name[0]}?" if same_name else nearest(key, list(keys()))
+        raise ConfigError(f"{key} is not a configuration key; {hint}")
     part = getattr(config, section)
     item = next(f for f in dataclasses.fields(part) if f.name == name)
     value = _coerce(key, value, get_type_hints(type(part))[name])
@@ -283,7 +292,8 @@ def _yaml_value(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).removesuffix("\n").removesuffix("\n...")
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """The end of a sentence about an unknown name: the known one that is meant, or all."""
     close = difflib.get_close_matches(name, known, 1, 0.5)
     return f"did you mean {close[0]}?" if close else f"the known ones are {_listed(known)}."
 

