@@ -165,7 +165,7 @@ void decode(const QuantizedMatrix& weight, int64_t begin, int64_t count, T* to) 
   const float* values = values_of(weight.type);
   const int64_t end = begin + count;
   while (begin < end) {
-    const int64_t block = begin / weight.blocksize;
+    const int64_t block = block_of(weight, begin);
     const int64_t stop = smaller(end, (block + 1) * weight.blocksize);
     const Table<T> table(values, block_absmax(weight, block));
     if (begin & 1) *to++ = table.look_up(nibble_at(weight.packed, begin++));

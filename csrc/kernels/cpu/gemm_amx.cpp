@@ -105,6 +105,8 @@ void pack_b(const Dense& b, int64_t column, int64_t columns, int64_t start, int6
 // 16 rows of the weight become 16 columns; see strip.h.
 void pack_strip(const QuantizedMatrix& weight, int64_t row, int64_t start, int64_t depth, BFloat16* out) {
   const __m512 values = _mm512_loadu_ps(values_of(weight.type));
+  const int64_t run = constant_run(weight);
+  __m512 absmax = _mm512_setzero_ps();
   // After the conversion the even depths are the low 16 words, the odd ones the high 16.
   alignas(64) uint16_t order[32];
   for (int i = 0; i < 16; ++i) {
@@ -113,7 +115,7 @@ void pack_strip(const QuantizedMatrix& weight, int64_t row, int64_t start, int64
   }
   const __m512i pairs = _mm512_load_si512(order);
   for (int64_t d = 0; d < depth; d += 32, out += kStepElements) {
-    const __m512 absmax = strip_absmax(weight, row, start + d);
+    if (d % run == 0) absmax = strip_absmax(weight, row, start + d);
     const Strip strip(weight.packed + (row * weight.k + start + d) / 2, weight.k / 2);
     for (int w = 0; w < 4; ++w) {
       const auto store = [&](int pair, __m512i even, __m512i odd) {

@@ -80,8 +80,10 @@ void pack_b(const Dense& b, int64_t column, int64_t columns, int64_t start, int6
 
 void pack_strip(const QuantizedMatrix& weight, int64_t row, int64_t start, int64_t depth, float* out) {
   const __m512 values = _mm512_loadu_ps(values_of(weight.type));
+  const int64_t run = constant_run(weight);
+  __m512 absmax = _mm512_setzero_ps();
   for (int64_t d = 0; d < depth; d += 32) {
-    const __m512 absmax = strip_absmax(weight, row, start + d);
+    if (d % run == 0) absmax = strip_absmax(weight, row, start + d);
     const Strip strip(weight.packed + (row * weight.k + start + d) / 2, weight.k / 2);
     for (int w = 0; w < 4; ++w) {
       const auto store = [&](int at, __m512i indices) {

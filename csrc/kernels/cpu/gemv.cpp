@@ -12,15 +12,19 @@ namespace {
 
 enum Slot { kSlotX, kSlotLeft, kSlotY };
 
-// Above this many rows packing panels pays.
-int64_t row_limit() { return 16; }
+// Above this many rows packing panels pays: early where the products then cost next to nothing, late where a weight's
+// rows are slow to pack.
+int64_t row_limit(DType dtype, bool aligned) {
+  if (!aligned) return 2 * kMaxFewRows;
+  return dtype == DType::kBFloat16 && isa() >= Isa::kAmx ? 6 : kMaxFewRows;
+}
 
-const FewRowsKernel* kernel() {
+const FewRowsKernel& kernel_for_isa() {
 #if PYQUANT_X86
-  if (isa() >= Isa::kAvx512) return &kFewRowsAvx512;
-  if (isa() >= Isa::kAvx2) return &kFewRowsAvx2;
+  if (isa() >= Isa::kAvx512) return kFewRowsAvx512;
+  if (isa() >= Isa::kAvx2) return kFewRowsAvx2;
 #endif
-  return nullptr;
+  return kFewRowsPortable;
 }
 
 // kMaxFewRows rows of x at most.
@@ -29,7 +33,8 @@ void multiply_chunk(const FewRowsKernel& kernel, FewRows problem, const void* x,
   const QuantizedMatrix& weight = *problem.weight;
   const int64_t m = problem.m, n = weight.n, k = weight.k;
   float* ordered = static_cast<float*>(scratch(kSlotX, m * k * sizeof(float)));
-  for (int64_t i = 0; i < m; ++i) kernel.order(problem.dtype, x, (first_row + i) * k, k, ordered + i * k);
+  const auto load = problem.aligned ? kernel.order : kernel.load;
+  load(problem.dtype, x, first_row * k, m * k, ordered);
   problem.x = ordered;
   if (problem.rank > 0) {
     float* left = static_cast<float*>(scratch(kSlotLeft, m * problem.rank * sizeof(float)));
@@ -49,17 +54,19 @@ void multiply_chunk(const FewRowsKernel& kernel, FewRows problem, const void* x,
 
 bool multiply_few_rows(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const void* bias,
                        const LowRank& lora, void* y) {
-  const FewRowsKernel* chosen = kernel();
-  if (chosen == nullptr || m > row_limit() || weight.k % 32 != 0) return false;
+  const bool aligned = weight.k % 32 == 0;
+  if (m > row_limit(dtype, aligned)) return false;
+  const FewRowsKernel& kernel = kernel_for_isa();
   FewRows problem{};
   problem.weight = &weight;
   problem.dtype = dtype;
+  problem.aligned = aligned;
   problem.factor = lora.factor;
   problem.rank = lora.rank;
   problem.bias = bias;
   for (int64_t first = 0; first < m; first += kMaxFewRows) {
     problem.m = std::min(kMaxFewRows, m - first);
-    multiply_chunk(*chosen, problem, x, lora, first, y);
+    multiply_chunk(kernel, problem, x, lora, first, y);
   }
   return true;
 }

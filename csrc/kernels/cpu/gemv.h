@@ -6,17 +6,19 @@
 
 namespace pyquant::cpu {
 
-// linear_4bit, where this is the faster way; false, and nothing is done, where it is not or the weight's rows do not
-// start at multiples of 32 elements.
+// linear_4bit, where this is the faster way; false, and nothing is done, where it is not.
 bool multiply_few_rows(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const void* bias,
                        const LowRank& lora, void* y);
 
-// x as floats, in the order in which a kernel decodes 32 elements of a weight, and the other operands of a call.
+// The operands of a call, x and left as floats. Where every row begins at a multiple of 32 elements (`aligned`), no
+// block begins or ends inside 32 of them, and each 32 elements of x are in the order in which the kernel decodes a
+// weight's.
 struct FewRows {
   const QuantizedMatrix* weight;
   DType dtype;
-  int64_t m;           // at most kMaxFewRows
-  const float* x;      // [m, k], ordered by `order`
+  int64_t m;  // at most kMaxFewRows
+  bool aligned;
+  const float* x;      // [m, k]
   const float* left;   // [m, rank]
   const void* factor;  // [n, rank] of dtype
   int64_t rank;
@@ -33,6 +35,7 @@ struct FewRowsKernel {
   void (*store)(DType dtype, const float* from, int64_t count, void* to, int64_t offset);
 };
 
+extern const FewRowsKernel kFewRowsPortable;
 #if PYQUANT_X86
 extern const FewRowsKernel kFewRowsAvx2;
 extern const FewRowsKernel kFewRowsAvx512;

@@ -7,7 +7,9 @@
 namespace pyquant::cpu {
 namespace {
 
+#if defined(__AVX2__)
 constexpr int kGroupVecs = 32 / Vec::kLanes;
+#endif
 
 #if defined(__AVX512F__)
 
@@ -32,15 +34,54 @@ void order_x(DType dtype, const void* from, int64_t offset, int64_t count, float
 
 #else
 
-inline void decode_group(const Table<float>& table, const uint8_t* bytes, Vec (&values)[kGroupVecs]) {
-  for (int i = 0; i < kGroupVecs; ++i) values[i].v = table.look_up_8(bytes + 4 * i);
-}
-
 void order_x(DType dtype, const void* from, int64_t offset, int64_t count, float* to) {
   load_row(dtype, from, offset, count, to);
 }
 
+#if defined(__AVX2__)
+inline void decode_group(const Table<float>& table, const uint8_t* bytes, Vec (&values)[kGroupVecs]) {
+  for (int i = 0; i < kGroupVecs; ++i) values[i].v = table.look_up_8(bytes + 4 * i);
+}
 #endif
+
+#endif
+
+// Any weight: `kChunk` elements of a row are decoded at a time, in their natural order, which x then has too. Four sums
+// for each row of x, so that no addition waits for another.
+void dot_decoded_row(const FewRows& problem, int64_t row) {
+  constexpr int64_t kChunk = 512;
+  const QuantizedMatrix& weight = *problem.weight;
+  alignas(64) float decoded[kChunk];
+  Vec sum[kMaxFewRows][4];
+  float rest[kMaxFewRows] = {};
+  for (auto& sums : sum) {
+    for (Vec& each : sums) each = Vec::zero();
+  }
+  for (int64_t start = 0; start < weight.k; start += kChunk) {
+    const int64_t count = smaller(kChunk, weight.k - start);
+    decode(weight, row * weight.k + start, count, decoded);
+    for (int64_t i = 0; i < problem.m; ++i) {
+      const float* x = problem.x + i * weight.k + start;
+      int64_t j = 0;
+      for (; j + 4 * Vec::kLanes <= count; j += 4 * Vec::kLanes) {
+        for (int part = 0; part < 4; ++part) {
+          const int64_t at = j + part * Vec::kLanes;
+          sum[i][part].multiply_add(Vec::load(decoded + at), Vec::load(x + at));
+        }
+      }
+      for (; j + Vec::kLanes <= count; j += Vec::kLanes) {
+        sum[i][0].multiply_add(Vec::load(decoded + j), Vec::load(x + j));
+      }
+      for (; j < count; ++j) rest[i] += decoded[j] * x[j];
+    }
+  }
+  for (int64_t i = 0; i < problem.m; ++i) {
+    const float pairs = (sum[i][0].sum() + sum[i][1].sum()) + (sum[i][2].sum() + sum[i][3].sum());
+    problem.y[i * weight.n + row] = pairs + rest[i];
+  }
+}
+
+#if defined(__AVX2__)
 
 // How many rows of the weight share the loads of x: as many as leave the accumulators in registers.
 template <int kM>
@@ -65,7 +106,7 @@ void dot_rows(const FewRows& problem, int64_t row) {
   for (int64_t start = 0; start < k; start += run) {
     for (int r = 0; r < kRows; ++r) {
       const int64_t element = (row + r) * k + start;
-      const Table<float> table(values, block_absmax(weight, element / weight.blocksize));
+      const Table<float> table(values, block_absmax(weight, block_of(weight, element)));
       const uint8_t* bytes = weight.packed + element / 2;
       for (int64_t group = 0; group < run; group += 32) {
         Vec decoded[kGroupVecs];
@@ -91,6 +132,16 @@ void dot_range(const FewRows& problem, int64_t begin, int64_t end) {
   for (; row + kRows <= end; row += kRows) dot_rows<kM, kRows>(problem, row);
   for (; row < end; ++row) dot_rows<kM, 1>(problem, row);
 }
+
+template <int kM>
+void dot_m(const FewRows& problem, int64_t begin, int64_t end) {
+  if constexpr (kM > 0) {
+    if (problem.m == kM) return dot_range<kM>(problem, begin, end);
+    dot_m<kM - 1>(problem, begin, end);
+  }
+}
+
+#endif
 
 void add_low_rank_and_bias(const FewRows& problem, int64_t begin, int64_t end) {
   constexpr int64_t kChunk = 64;
@@ -118,16 +169,16 @@ void add_low_rank_and_bias(const FewRows& problem, int64_t begin, int64_t end) {
   }
 }
 
-template <int kM>
-void dot_m(const FewRows& problem, int64_t begin, int64_t end) {
-  if constexpr (kM > 0) {
-    if (problem.m == kM) return dot_range<kM>(problem, begin, end);
-    dot_m<kM - 1>(problem, begin, end);
-  }
-}
-
 void compute_rows(const FewRows& problem, int64_t begin, int64_t end) {
-  dot_m<kMaxFewRows>(problem, begin, end);
+#if defined(__AVX2__)
+  if (problem.aligned) {
+    dot_m<kMaxFewRows>(problem, begin, end);
+  } else {
+    for (int64_t row = begin; row < end; ++row) dot_decoded_row(problem, row);
+  }
+#else
+  for (int64_t row = begin; row < end; ++row) dot_decoded_row(problem, row);
+#endif
   if (problem.rank > 0 || problem.bias != nullptr) add_low_rank_and_bias(problem, begin, end);
 }
 

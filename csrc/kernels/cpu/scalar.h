@@ -96,10 +96,18 @@ template <>
   return type == QuantType::kNF4 ? kNF4Values : kFP4Values;
 }
 
+// The block of an element of the flattened matrix: a shift, because block sizes are powers of two and a division would
+// take as long as decoding half a block.
+[[maybe_unused]] inline int64_t block_of(const QuantizedMatrix& weight, int64_t element) {
+  return static_cast<int64_t>(static_cast<uint64_t>(element) >>
+                              __builtin_ctzll(static_cast<uint64_t>(weight.blocksize)));
+}
+
 // A block's absmax, the double quantization undone. The two roundings are the format's.
 [[maybe_unused]] inline float block_absmax(const QuantizedMatrix& weight, int64_t block) {
   if (weight.absmax_codes == nullptr) return weight.absmax[block];
-  const float product = weight.nested_code[weight.absmax_codes[block]] * weight.nested_absmax[block / kNestedBlocksize];
+  const float product = weight.nested_code[weight.absmax_codes[block]] *
+                        weight.nested_absmax[static_cast<uint64_t>(block) / kNestedBlocksize];
   return product + *weight.offset;
 }
 

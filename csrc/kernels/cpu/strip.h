@@ -32,10 +32,13 @@ struct Strip {
   }
 };
 
+// Columns over which no row's absmax changes, counted from a multiple of it: a power of two, at least 32.
+inline int64_t constant_run(const QuantizedMatrix& weight) { return smaller(weight.blocksize, weight.k & -weight.k); }
+
 // The 16 rows' absmax at the same column.
 inline __m512 strip_absmax(const QuantizedMatrix& weight, int64_t row, int64_t column) {
   alignas(64) float absmax[16];
-  for (int i = 0; i < 16; ++i) absmax[i] = block_absmax(weight, ((row + i) * weight.k + column) / weight.blocksize);
+  for (int i = 0; i < 16; ++i) absmax[i] = block_absmax(weight, block_of(weight, (row + i) * weight.k + column));
   return _mm512_load_ps(absmax);
 }
 
