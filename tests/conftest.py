@@ -1,0 +1,83 @@
+"""Fixtures of the whole suite."""
+
+import numpy as np
+import pytest
+import torch
+
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    """Runs the test on the CPU, and on the GPU where there is one."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+def _tiny_mistral(**sizes):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attn_implementation="eager",
+        **sizes,
+    )
+    return MistralForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tiny_mistral():
+    """A random float32 Mistral with grouped-query attention: 14 linear layers and the head."""
+    return _tiny_mistral(hidden_size=64, intermediate_size=160)
+
+
+@pytest.fixture
+def odd_mistral():
+    """The same, with input features that are no multiple of the block size: 72 and 77."""
+    return _tiny_mistral(hidden_size=72, intermediate_size=77)
+
+
+@pytest.fixture
+def token_ids() -> torch.Tensor:
+    return torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(7))
+
+
+CPU_ISAS = ("portable", "avx2", "avx512", "amx")
+
+
+@pytest.fixture
+def each_isa():
+    """A generator function: each step forces the next of the instruction sets that this processor has."""
+    from pyquant import _C
+
+    chosen = _C.cpu_isa()
+
+    def steps():
+        for name in CPU_ISAS:
+            try:
+                _C.set_cpu_isa(name)
+            except ValueError:
+                continue
+            yield name
+
+    yield steps
+    _C.set_cpu_isa(chosen)
