@@ -74,8 +74,8 @@ struct WordTable {
   }
   void look_up_32(const uint8_t* bytes, T* to) const {
     // Each byte into both halves of a 32-bit lane: the low half looks up the high nibble, which comes first.
-    const __m512i spread = _mm512_mullo_epi32(
-        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))), _mm512_set1_epi32(0x10001));
+    const __m512i low = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const __m512i spread = _mm512_or_si512(low, _mm512_slli_epi32(low, 16));
     const __m512i indices = _mm512_srlv_epi16(spread, _mm512_set1_epi32(4));
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(indices, entries));
   }

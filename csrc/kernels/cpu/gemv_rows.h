@@ -92,6 +92,9 @@ constexpr int kRowsAtOnce = Vec::kLanes == 16 ? (kM <= 4   ? 4
                                                  : kM <= 4 ? 2
                                                            : 1);
 
+// Several rows are read in turn, more streams than the hardware's prefetcher keeps up with.
+constexpr int64_t kPrefetch = 512;  // bytes ahead in the row
+
 template <int kM, int kRows>
 void dot_rows(const FewRows& problem, int64_t row) {
   const QuantizedMatrix& weight = *problem.weight;
@@ -104,11 +107,13 @@ void dot_rows(const FewRows& problem, int64_t row) {
     for (int i = 0; i < kM; ++i) sum[r][i] = Vec::zero();
   }
   for (int64_t start = 0; start < k; start += run) {
+#pragma GCC unroll 4  // sums indexed by a loop's variable would live in memory
     for (int r = 0; r < kRows; ++r) {
       const int64_t element = (row + r) * k + start;
       const Table<float> table(values, block_absmax(weight, block_of(weight, element)));
       const uint8_t* bytes = weight.packed + element / 2;
       for (int64_t group = 0; group < run; group += 32) {
+        __builtin_prefetch(bytes + group / 2 + kPrefetch);
         Vec decoded[kGroupVecs];
         decode_group(table, bytes + group / 2, decoded);
         for (int i = 0; i < kM; ++i) {
