@@ -308,6 +308,7 @@ def main() -> None:
     # The libraries below warn of their own deprecations, about which a user of this command can do nothing.
     warnings.simplefilter("ignore", FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # a dozen bars before the run's own
     try:
         app()
     except UserError as error:

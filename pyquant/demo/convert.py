@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ..training.models import quiet
+
 # llama.cpp names the parts of a block differently; the norms and the embedding keep their float values.
 _BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
@@ -79,7 +81,8 @@ def convert_gguf(gguf_file: Path, folder: Path, dtype: torch.dtype = torch.bfloa
 
     partial = folder.with_name(folder.name + f".partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    with quiet():
+        model.save_pretrained(partial)
     _tokenizer(fields).save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

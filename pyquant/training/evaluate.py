@@ -129,23 +129,33 @@ def _score(model, pad: int, prefix, shared: int, batch: list[tuple[list[int], li
     )
     first = output.logits[:, -1].float().log_softmax(-1)
 
-    tokens, token_mask = _pad([ids for _, labels in batch for ids in labels], pad, device)
-    scores = first.repeat_interleave(count, 0).gather(1, tokens[:, :1]).squeeze(1)
-    if tokens.shape[1] > 1:
+    # Labels that begin alike, such as "strong negative" and "strong positive", share the row that reads the beginning.
+    beginnings: dict[tuple, int] = {}
+    terms = []  # (score, beginning, position in it, token): what the second and later tokens of the labels add
+    for row, (_, labels) in enumerate(batch):
+        for index, label in enumerate(labels):
+            for place, token in enumerate(label[1:]):
+                beginning = beginnings.setdefault((row, *label[:-1]), len(beginnings))
+                terms.append((row * count + index, beginning, place, token))
+    heads = torch.tensor([[label[0] for label in labels] for _, labels in batch], device=device)
+    scores = first.gather(1, heads).flatten()
+    if terms:
+        source = torch.tensor([row for row, *_ in beginnings], device=device)
+        tokens, token_mask = _pad([list(ids) for _, *ids in beginnings], pad, device)
         cache = output.past_key_values
-        cache.batch_repeat_interleave(count)
-        # The last token of a label predicts nothing that is scored.
-        full = torch.cat([mask.repeat_interleave(count, 0), token_mask[:, :-1]], 1)
+        cache.batch_select_indices(source)
+        full = torch.cat([mask[source], token_mask], 1)
         logits = model(
-            input_ids=tokens[:, :-1],
+            input_ids=tokens,
             attention_mask=full,
             position_ids=_positions(full)[:, mask.shape[1] :],
             past_key_values=cache,
             use_cache=True,
         ).logits
-        rest = logits.float().log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
-        scores = scores + (rest * token_mask[:, 1:]).sum(1)
-    return (scores / token_mask.sum(1)).view(rows, count)
+        score, beginning, place, token = torch.tensor(terms, device=device).unbind(1)
+        scores.index_add_(0, score, logits.float().log_softmax(-1)[beginning, place, token])
+    lengths = torch.tensor([[len(label) for label in labels] for _, labels in batch], device=device)
+    return scores.view(rows, count) / lengths
 
 
 def _split(tokenizer, prompt: str, labels: Sequence[str]) -> tuple[list[int], list[list[int]]]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from .config import ModelConfig, QuantizationConfig
 from .errors import ConfigError, ModelError
-from .models import adapter_record, check_adapter, check_model, load_adapter, load_base, load_tokenizer, quantize
+from .models import adapter_record, check_adapter, check_model, load_adapter, load_base, load_tokenizer, quantize, quiet
 
 __all__ = ["merge"]
 
@@ -56,7 +56,8 @@ def merge(
 
         dense = pyquant.dequantize_linear(quantize(dense, quantization), dtype)
     merged = load_adapter(dense, adapter).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(output)
+    with quiet():
+        merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
     weights = str(dtype).removeprefix("torch.")

@@ -29,6 +29,7 @@ __all__ = [
     "load_tokenizer",
     "quantization_of",
     "quantize",
+    "quiet",
     "write_adapter_record",
 ]
 
@@ -135,7 +136,7 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> "PreTr
         return pyquant.load_pretrained(path).to(device)
     options = {"attn_implementation": config.attention} if config.attention else {}
     try:
-        with _quiet_loading():
+        with quiet():
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"the model {config.path} cannot be loaded: {_first(error)}") from error
@@ -231,8 +232,8 @@ def quantization_of(adapter: str | Path | None, method: str) -> QuantizationConf
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Keep transformers' weight-loading bar off the terminal; the driver has its own progress display."""
+def quiet() -> Iterator[None]:
+    """Keep transformers' bars for loading and saving weights off the terminal."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-import torch
-
 from .config import ModelConfig, QuantizationConfig
 from .errors import ConfigError, ModelError
 from .memory import weight_bytes
-from .models import check_model, load_base, load_tokenizer
+from .models import check_model, load_base, load_tokenizer, quiet
 from .models import quantize as quantize_base
 
 __all__ = ["quantize"]
@@ -45,7 +43,7 @@ def quantize(
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": quantization.skip,
     }
-    with torch.no_grad():
+    with quiet():
         loaded.save_pretrained(output)
     tokenizer.save_pretrained(output)
     return before, weight_bytes(loaded)

@@ -1,9 +1,12 @@
 """A tiny Mistral with a tiny tokenizer, and a small task that it can learn."""
 
 import json
+import os
 
 import pytest
 import torch
+
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # as the command line does
 
 ROWS = [
     {"prompt": f"{a} {b}", "completion": " yes" if a == b else " no"}
@@ -90,3 +93,26 @@ def settings(tiny_model, data_file, tmp_path):
             "tensorboard": False,
         },
     }
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_model, tmp_path_factory):
+    """Folder of an adapter trained on FP4 weights, with the blocksize 128 that nothing has by default."""
+    pytest.importorskip("trl")
+    from pyquant.training import parse_config, train
+
+    folder = tmp_path_factory.mktemp("trained")
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS * 4), encoding="utf-8")
+    training = {"max_steps": 30, "learning_rate": 1e-2, "batch_size": 4, "tensorboard": False}
+    train(
+        parse_config(
+            {
+                "model": {"path": str(tiny_model), "precision": "fp32"},
+                "quantization": {"method": "fp4", "blocksize": 128},
+                "data": {"train": str(file), "chat_template": "never"},
+                "training": training | {"output_dir": str(folder / "run"), "resume": "never"},
+            }
+        )
+    )
+    return folder / "run" / "adapter"

@@ -1,0 +1,46 @@
+import torch
+
+from pyquant.generation import generate_text, load_for_inference
+
+
+def test_the_trained_adapter_answers(tiny_model, adapter):
+    model, tokenizer = load_for_inference(str(tiny_model), str(adapter), precision="fp32")
+    answers = {p: generate_text(model, tokenizer, p, 8, chat_template="never") for p in ("red red", "red blue")}
+    assert answers == {"red red": "yes", "red blue": "no"} or set(answers.values()) <= {"yes", "no"}
+    base, _ = load_for_inference(str(tiny_model), precision="fp32")
+    assert generate_text(base, tokenizer, "red red", 8, chat_template="never") not in ("yes", "no")
+
+
+def test_an_adapter_brings_its_quantization(tiny_model, adapter):
+    def types(model):
+        return {type(m).__name__ for m in model.modules()}
+
+    four_bit, _ = load_for_inference(str(tiny_model), str(adapter))
+    layers = [m for m in four_bit.modules() if type(m).__name__ == "Linear4bit"]
+    assert len(layers) == 14
+    assert {(m.weight.quant_state.quant_type, m.weight.quant_state.blocksize) for m in layers} == {("fp4", 128)}
+    assert "LoraLinear4bit" in types(four_bit)
+    assert "Linear4bit" not in types(load_for_inference(str(tiny_model), str(adapter), "none")[0])
+    assert "Linear4bit" not in types(load_for_inference(str(tiny_model))[0])
+
+
+def test_greedy_is_the_likeliest_token_and_sampling_is_seeded(tiny_model):
+    model, tokenizer = load_for_inference(str(tiny_model), precision="fp32")
+    ids = tokenizer("red", return_tensors="pt")["input_ids"].to(model.device)
+    expected = []
+    with torch.no_grad():
+        for _ in range(5):
+            token = model(ids).logits[0, -1].argmax()
+            if token == tokenizer.eos_token_id:
+                break
+            expected.append(int(token))
+            ids = torch.cat([ids, token.view(1, 1)], 1)
+    text = generate_text(model, tokenizer, "red", 5, chat_template="never")
+    assert text == tokenizer.decode(expected, skip_special_tokens=True).strip()
+
+    def sample(seed):
+        torch.manual_seed(seed)
+        return generate_text(model, tokenizer, "red", 12, temperature=1.0, chat_template="never")
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(4)}) > 1

@@ -1,0 +1,31 @@
+import pytest
+
+import pyquant
+from pyquant.training.config import ModelConfig, QuantizationConfig
+from pyquant.training.memory import estimate_bytes, format_bytes, linear_bytes, weight_bytes
+from pyquant.training.models import check_model, load_base, quantize
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_the_estimate_is_what_is_measured(tiny_model, double_quant):
+    quantization = QuantizationConfig(double_quant=double_quant)
+    estimate = estimate_bytes(check_model(str(tiny_model)), quantization)
+    model = load_base(ModelConfig(path=str(tiny_model), precision="bf16"))
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    assert sum(p.numel() for p in model.parameters()) == estimate["parameters"]
+    assert weight_bytes(model) == estimate["bytes_16bit"] + buffers
+    assert linear_bytes(model) == 2 * estimate["linear_parameters"]
+    model = quantize(model, quantization)
+    assert isinstance(model.model.layers[0].mlp.up_proj, pyquant.nn.Linear4bit)
+    codebooks = weight_bytes(model) - buffers - estimate["bytes_4bit"]
+    # Two small tables, or at most one pair for each of the 14 layers.
+    assert 16 * 4 <= codebooks <= 14 * (16 + 256) * 4
+
+
+def test_format_bytes():
+    assert [format_bytes(n) for n in (12, 1500, 113_240_000, 14_500_000_000)] == [
+        "12 B",
+        "1.5 kB",
+        "113.2 MB",
+        "14.5 GB",
+    ]
