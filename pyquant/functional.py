@@ -83,7 +83,7 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     A code has a sign, a run of zeros that gives a power of ten, and the rest as a linear fraction between 0.1 and 1.
 
     Returns:
-        float32 ``[2 ** total_bits]``, ascending, between -1 and 1.
+        float32 ``[256]``, ascending, between -1 and 1; with fewer bits, zeros fill it up.
     """
     fraction_bits = total_bits - 1 - max_exponent_bits
     values = [0.0, 1.0]
@@ -99,7 +99,7 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     extra = 2**fraction_bits - 1
     if extra > 0:
         add(extra, 0)
-    values.extend([0.0] * (2**total_bits - len(values)))
+    values.extend([0.0] * (256 - len(values)))
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 

@@ -171,6 +171,9 @@ class Linear4bit(torch.nn.Linear):
         weight = self.weight
         device = data.device if assign or weight.device.type == "meta" else weight.device
         if statistics:
+            if not assign:  # The layer must not share storage with the checkpoint.
+                data = data.clone()
+                statistics = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in statistics.items()}
             loaded = Params4bit.from_prequantized(data.detach(), statistics, device=device)
             if tuple(loaded.quant_state.shape) != shape:
                 raise CheckpointError(

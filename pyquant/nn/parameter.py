@@ -105,9 +105,10 @@ class Params4bit(torch.nn.Parameter):
             quant_storage=self.quant_storage,
         )
         # NaN and infinity reach the scales. The CPU op has refused them by now; a GPU's is asked here, once a weight.
+        # The scales' mean can also overflow by itself.
         scale = state.offset if state.nested else state.absmax
-        if scale.is_cuda and not torch.isfinite(scale).all():
-            raise ValueError("the weight holds NaN or infinity; only finite values can be quantized")
+        if not torch.isfinite(scale).all():
+            raise ValueError("the weight holds NaN, infinity or values near float32's largest; it cannot be quantized")
         self.data = packed
         self.quant_state = state
         self.bnb_quantized = True
