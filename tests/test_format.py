@@ -109,7 +109,7 @@ def test_double_quantization_gives_bitsandbytes_bytes(dtype, quant_type, blocksi
     cases = [*weights(dtype, blocksize, quant_type), ("many blocks", many), ("scales of all sizes", spread)]
     for name, weight in cases:
         if name in ("huge", "largest") and dtype != torch.float16:
-            continue  # the sum of absmax overflows float32, and with it the mean: see the test below
+            continue  # the sum of absmax overflows float32, and with it the mean: Params4bit refuses it
         assert_same_quantization(F.quantize_4bit(weight, **options), bnb.quantize_4bit(weight, **options), name)
 
 
@@ -166,7 +166,9 @@ def test_dequantize_is_the_product_rounded_once(dtype, quant_type, blocksize, ne
 @pytest.mark.parametrize("nested", [False, True], ids=["absmax", "double"])
 def test_dequantize_gives_bitsandbytes_values(dtype, quant_type, blocksize, nested):
     options = {"blocksize": blocksize, "quant_type": quant_type, "compress_statistics": nested}
-    for shape in ((96, 160), (130, 192), (4, blocksize), (123, 77)):
+    # bitsandbytes' CPU kernel takes the wrong absmax where a block crosses rows of an even length, so those shapes are
+    # left to the test above. Odd lengths take its fallback, which is right.
+    for shape in ((4, blocksize), (3, 2 * blocksize), (2, 3, blocksize), (123, 77)):
         packed, state = bnb.quantize_4bit(torch.randn(shape).to(dtype), **options)
         # Eager, as bitsandbytes compiles its fallback for every new shape otherwise.
         with torch.compiler.set_stance("force_eager"):
