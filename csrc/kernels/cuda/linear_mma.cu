@@ -108,42 +108,31 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   }
   const int64_t row0 = int64_t{tile_m} * C::kTileM, column0 = int64_t{tile_n} * C::kTileN;
 
-  // This block's steps: the low-rank ones, in the first part only, then its share of W's.
-  const int lora_steps = part == 0 ? p.lora_steps : 0;
+  // This block's share of the steps along the reduction.
   const int64_t first_step = p.steps * part / p.split;
-  const int64_t steps = lora_steps + (p.steps * (part + 1) / p.split - first_step);
+  const int64_t steps = p.steps * (part + 1) / p.split - first_step;
 
   const int chunk_row = W::chunk_row(threadIdx.x), chunk_column = W::chunk_column(threadIdx.x);
   const int64_t n = p.weight.matrix.n, k = p.weight.matrix.k;
 
-  // Position of W's tile at a step, and what one thread loads and decodes of it.
-  const auto weight_row0 = [&](int64_t step) { return kForward ? column0 : (first_step + step - lora_steps) * kStep; };
-  const auto weight_column0 = [&](int64_t step) {
-    return kForward ? (first_step + step - lora_steps) * kStep : column0;
-  };
+  // Position of W's tile at a step.
+  const auto weight_row0 = [&](int64_t step) { return kForward ? column0 : (first_step + step) * kStep; };
+  const auto weight_column0 = [&](int64_t step) { return kForward ? (first_step + step) * kStep : column0; };
   PackedChunk chunk{};
 
   const auto start_loads = [&](int64_t step) {
-    T* input = shared.input[step & 1];
-    if (step < lora_steps) {
-      load_tile<C::kTileM, kStep, C::kThreads>(input, p.left, row0, step * kStep);
-      load_tile<W::kRows, W::kColumns, C::kThreads>(shared.weight[step & 1], p.factor, kForward ? column0 : step * kStep,
-                                                    kForward ? step * kStep : column0);
-    } else {
-      load_tile<C::kTileM, kStep, C::kThreads>(input, p.input, row0, (first_step + step - lora_steps) * kStep);
-      if (p.vector_weight) {
-        const int64_t row = weight_row0(step) + chunk_row, column = weight_column0(step) + chunk_column;
-        chunk.inside = row < n && column < k;
-        const int64_t index = chunk.inside ? row * k + column : 0;
-        chunk.packed = __ldg(reinterpret_cast<const uint4*>(p.weight.matrix.packed + index / 2));
-        chunk.absmax = load_absmax(p.weight, index >> p.weight.blocksize_log2);
-      }
+    load_tile<C::kTileM, kStep, C::kThreads>(shared.input[step & 1], p.input, row0, (first_step + step) * kStep);
+    if (p.vector_weight) {
+      const int64_t row = weight_row0(step) + chunk_row, column = weight_column0(step) + chunk_column;
+      chunk.inside = row < n && column < k;
+      const int64_t index = chunk.inside ? row * k + column : 0;
+      chunk.packed = __ldg(reinterpret_cast<const uint4*>(p.weight.matrix.packed + index / 2));
+      chunk.absmax = load_absmax(p.weight, index >> p.weight.blocksize_log2);
     }
     ptx::commit_copies();
   };
 
   const auto decode = [&](int64_t step) {
-    if (step < lora_steps) return;
     T* tile = shared.weight[step & 1] + chunk_row * W::kPitch + chunk_column;
     if (p.vector_weight) {
       // Outside the matrix the absmax is 0, and so is every element.
@@ -199,20 +188,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     }
   };
 
-  __syncthreads();  // the tables
-  if (steps > 0) {
-    start_loads(0);
-    decode(0);
-  }
-  for (int64_t step = 0; step < steps; ++step) {
-    ptx::wait_copies<0>();
-    // This step's tiles are complete, and every warp is done with the buffers of the step before.
-    __syncthreads();
-    if (!kForward && step == lora_steps && lora_steps > 0 && p.dropout.active()) apply_dropout();
-    if (step + 1 < steps) start_loads(step + 1);
-
-    const T* input = shared.input[step & 1];
-    const T* weight = shared.weight[step & 1];
+  const auto multiply = [&](int buffer) {
+    const T* input = shared.input[buffer];
+    const T* weight = shared.weight[buffer];
 #pragma unroll
     for (int inner = 0; inner < kStep; inner += 16) {
       ptx::FragA a[C::kFragsM];
@@ -229,9 +207,35 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
         for (int j = 0; j < C::kFragsN; ++j) ptx::mma<T>(sum[i][j], a[i], b[j]);
       }
     }
+  };
+
+  __syncthreads();  // the tables
+  start_loads(0);
+  decode(0);
+
+  // The low-rank steps, in the first part only and in buffer 1, while step 0 of W arrives in buffer 0.
+  if (part == 0 && p.lora_steps > 0) {
+    for (int step = 0; step < p.lora_steps; ++step) {
+      load_tile<C::kTileM, kStep, C::kThreads>(shared.input[1], p.left, row0, step * kStep);
+      load_tile<W::kRows, W::kColumns, C::kThreads>(shared.weight[1], p.factor, kForward ? column0 : step * kStep,
+                                                    kForward ? step * kStep : column0);
+      ptx::commit_copies();
+      ptx::wait_copies<0>();
+      __syncthreads();
+      multiply(1);
+      __syncthreads();  // before buffer 1 is written again
+    }
+    if (!kForward && p.dropout.active()) apply_dropout();
+  }
+
+  for (int64_t step = 0; step < steps; ++step) {
+    ptx::wait_copies<0>();
+    // This step's tiles are complete, and every warp is done with the buffers of the step before.
+    __syncthreads();
+    if (step + 1 < steps) start_loads(step + 1);
+    multiply(step & 1);
     if (step + 1 < steps) decode(step + 1);
   }
-  // Every part has steps of W, so dropout has been applied by now where there is any.
 
   if (p.partial != nullptr) {
     float* partial = p.partial + int64_t{part} * p.m * p.partial_pitch;
@@ -302,8 +306,7 @@ __global__ void __launch_bounds__(256)
     const int64_t row = index / pairs, column = index % pairs * 2;
     float2 sum = make_float2(0.0f, 0.0f);
     for (int part = 0; part < split; ++part) {
-      const float2 value =
-          *reinterpret_cast<const float2*>(partial + (int64_t{part} * m + row) * pitch + column);
+      const float2 value = *reinterpret_cast<const float2*>(partial + (int64_t{part} * m + row) * pitch + column);
       sum.x += value.x, sum.y += value.y;
     }
     T* to = output + row * columns + column;

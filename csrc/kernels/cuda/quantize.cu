@@ -120,11 +120,10 @@ __global__ void __launch_bounds__(kNestedBlocksize)
     quantize_absmax_kernel(const float* __restrict__ absmax, int64_t blocks, const float* __restrict__ offset,
                            const float* __restrict__ code, uint8_t* __restrict__ absmax_codes,
                            float* __restrict__ nested_absmax) {
-  __shared__ float midpoint[256];
+  __shared__ float midpoint[255];
   __shared__ uint32_t warp_absmax[kNestedBlocksize / 32];
   const int thread = threadIdx.x;
-  // A 256th midpoint above every value makes the bisection's count end at 255.
-  midpoint[thread] = thread < 255 ? __fmul_rn(0.5f, __fadd_rn(code[thread], code[thread + 1])) : 2.0f;
+  if (thread < 255) midpoint[thread] = __fmul_rn(0.5f, __fadd_rn(code[thread], code[thread + 1]));
 
   const int64_t index = int64_t{blockIdx.x} * kNestedBlocksize + thread;
   const float value = index < blocks ? __fsub_rn(absmax[index], *offset) : 0.0f;
