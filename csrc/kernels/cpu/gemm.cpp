@@ -12,7 +12,7 @@ namespace {
 
 enum Slot { kSlotA, kSlotB, kSlotC };
 
-bool all_bfloat16(const Product& product) {
+[[maybe_unused]] bool all_bfloat16(const Product& product) {
   for (const Term& term : product.terms) {
     if (term.depth == 0) continue;
     if (term.a.dtype != DType::kBFloat16) return false;
@@ -21,13 +21,12 @@ bool all_bfloat16(const Product& product) {
   return true;
 }
 
-const Engine& engine_for(const Product& product) {
+const Engine& engine_for([[maybe_unused]] const Product& product) {
 #if PYQUANT_X86
   if (isa() >= Isa::kAmx && all_bfloat16(product)) return kEngineAmx;
   if (isa() >= Isa::kAvx512) return kEngineAvx512;
   if (isa() >= Isa::kAvx2) return kEngineAvx2;
 #endif
-  (void)all_bfloat16;
   return kEnginePortable;
 }
 
@@ -120,7 +119,11 @@ class Multiplication {
     } else {
       engine_.pack_weight(*term.weight, column, columns, start, depth, b);
     }
-    for (int64_t done = 0; done < rows; done += engine_.panel_rows) {
+    int64_t done = 0;
+    if (engine_.multiply_stored != nullptr) {
+      done = engine_.multiply_stored(term.a, row, rows, start, b, columns, depth, c, stride, accumulate);
+    }
+    for (; done < rows; done += engine_.panel_rows) {
       const int64_t n = std::min(engine_.panel_rows, rows - done);
       engine_.pack_a(term.a, row + done, n, start, depth, a);
       engine_.multiply(a, b, n, columns, depth, c + done * stride, stride, accumulate);

@@ -63,6 +63,9 @@ struct Engine {
   // c[rows, columns] (+)= A · B; c has room for whole tiles.
   void (*multiply)(const void* a, const void* b, int64_t rows, int64_t columns, int64_t depth, float* c,
                    int64_t c_stride, bool accumulate);
+  // The same straight from A's memory, where its layout serves: of the first rows, and returns how many. May be null.
+  int64_t (*multiply_stored)(const Dense& a, int64_t row, int64_t rows, int64_t start, const void* b, int64_t columns,
+                             int64_t depth, float* c, int64_t c_stride, bool accumulate);
   // c[i] = mask · scale · c[i] of `count` elements whose dropout index starts at `index`.
   void (*drop)(const Dropout& dropout, int64_t index, int64_t count, float* c);
   // to[offset..] = scale · c + bias[first..]

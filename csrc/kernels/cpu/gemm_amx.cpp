@@ -9,7 +9,8 @@
 namespace pyquant::cpu {
 namespace {
 
-constexpr int64_t kTile = 32;                         // rows or columns of a panel
+constexpr int64_t kTile = 32;  // rows or columns of a panel
+constexpr int64_t kPanelRows = 4 * kTile;
 constexpr int64_t kDepth = 512;                       // what the reduction is cut into
 constexpr int64_t kPanel = kTile * kDepth;            // elements from one panel to the next
 constexpr int64_t kTileElements = 16 * 32;            // of one tile
@@ -159,9 +160,16 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// Where tile (half, step) of a panel of A is: in bytes from the panel's begin, and from one of its rows to the next.
+struct Strides {
+  int64_t row, half, step;
+};
+constexpr Strides kPacked = {64, 2 * kTileElements, 2 * kStepElements};
+
 // One 32 × 32 output, or with kHalves = 1 its upper 16 rows. Tiles 0 to 3 accumulate, 4 and 5 hold A, 6 and 7 B.
 template <int kHalves>
-void multiply_tile(const BFloat16* a, const BFloat16* b, int64_t steps, float* c, int64_t c_stride, bool accumulate) {
+void multiply_tile(const void* a, Strides strides, const BFloat16* b, int64_t steps, float* c, int64_t c_stride,
+                   bool accumulate) {
   const int64_t stride = c_stride * static_cast<int64_t>(sizeof(float));
   if (accumulate) {
     _tile_loadd(0, c, stride);
@@ -176,14 +184,15 @@ void multiply_tile(const BFloat16* a, const BFloat16* b, int64_t steps, float* c
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t step = 0; step < steps; ++step, a += kStepElements, b += kStepElements) {
-    _tile_loadd(4, a, 64);
+  const char* upper = static_cast<const char*>(a);
+  for (int64_t step = 0; step < steps; ++step, upper += strides.step, b += kStepElements) {
+    _tile_loadd(4, upper, strides.row);
     _tile_loadd(6, b, 64);
     _tile_loadd(7, b + kTileElements, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     if constexpr (kHalves == 2) {
-      _tile_loadd(5, a + kTileElements, 64);
+      _tile_loadd(5, upper + strides.half, strides.row);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
@@ -196,30 +205,53 @@ void multiply_tile(const BFloat16* a, const BFloat16* b, int64_t steps, float* c
   }
 }
 
+// `panel`: bytes from one panel of A to the next.
+void multiply_tiles(const void* a, Strides strides, int64_t panel, const void* b, int64_t rows, int64_t columns,
+                    int64_t depth, float* c, int64_t c_stride, bool accumulate) {
+  const int64_t steps = divide_up(depth, 32);
+  for (int64_t column = 0; column < columns; column += kTile) {
+    const BFloat16* b_panel = static_cast<const BFloat16*>(b) + column * kDepth;
+    for (int64_t row = 0; row < rows; row += kTile) {
+      const void* a_panel = static_cast<const char*>(a) + row / kTile * panel;
+      float* to = c + row * c_stride + column;
+      if (rows - row > 16) {
+        multiply_tile<2>(a_panel, strides, b_panel, steps, to, c_stride, accumulate);
+      } else {
+        multiply_tile<1>(a_panel, strides, b_panel, steps, to, c_stride, accumulate);
+      }
+    }
+  }
+}
+
 void multiply_panels(const void* a, const void* b, int64_t rows, int64_t columns, int64_t depth, float* c,
                      int64_t c_stride, bool accumulate) {
   const TileConfig config;
   _tile_loadconfig(&config);
-  const int64_t steps = divide_up(depth, 32);
-  for (int64_t column = 0; column < columns; column += kTile) {
-    for (int64_t row = 0; row < rows; row += kTile) {
-      const BFloat16* a_panel = static_cast<const BFloat16*>(a) + row * kDepth;
-      const BFloat16* b_panel = static_cast<const BFloat16*>(b) + column * kDepth;
-      float* to = c + row * c_stride + column;
-      if (rows - row > 16) {
-        multiply_tile<2>(a_panel, b_panel, steps, to, c_stride, accumulate);
-      } else {
-        multiply_tile<1>(a_panel, b_panel, steps, to, c_stride, accumulate);
-      }
-    }
+  multiply_tiles(a, kPacked, kPanel * 2, b, rows, columns, depth, c, c_stride, accumulate);
+  _tile_release();
+}
+
+// Rows of x are tile rows as they are, 32 elements at a time. What is left over is padded, hence packed.
+int64_t multiply_stored(const Dense& a, int64_t row, int64_t rows, int64_t start, const void* b, int64_t columns,
+                        int64_t depth, float* c, int64_t c_stride, bool accumulate) {
+  if (a.transposed || a.dropout != nullptr || depth % 32 != 0) return 0;
+  const int64_t whole = rows / 16 * 16;
+  const int64_t stride = a.stride * static_cast<int64_t>(sizeof(BFloat16));
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  for (int64_t done = 0; done < whole; done += kPanelRows) {
+    const char* from = static_cast<const char*>(a.data) + (row + done) * stride + start * 2;
+    multiply_tiles(from, {stride, 16 * stride, 64}, kTile * stride, b, smaller(kPanelRows, whole - done), columns,
+                   depth, c + done * c_stride, c_stride, accumulate);
   }
   _tile_release();
+  return whole;
 }
 
 }  // namespace
 
-const Engine kEngineAmx = {kTile,  kTile,  kDepth,      sizeof(BFloat16),    4 * kTile,
-                           pack_a, pack_b, pack_weight, pack_weight_by_rows, multiply_panels,
-                           drop,   finish};
+const Engine kEngineAmx = {kTile,           kTile,  kDepth,      sizeof(BFloat16),    kPanelRows,
+                           pack_a,          pack_b, pack_weight, pack_weight_by_rows, multiply_panels,
+                           multiply_stored, drop,   finish};
 
 }  // namespace pyquant::cpu

@@ -184,8 +184,8 @@ void multiply_panels(const void* a, const void* b, int64_t rows, int64_t columns
   }
 }
 
-constexpr Engine kEngine = {kTileRows,   kTileColumns,        kDepth,          4,    8 * kTileRows, pack_a, pack_b,
-                            pack_weight, pack_weight_by_rows, multiply_panels, drop, finish};
+constexpr Engine kEngine = {kTileRows,   kTileColumns,        kDepth,          4,       8 * kTileRows, pack_a, pack_b,
+                            pack_weight, pack_weight_by_rows, multiply_panels, nullptr, drop,          finish};
 
 }  // namespace
 }  // namespace pyquant::cpu
