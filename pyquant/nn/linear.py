@@ -124,9 +124,13 @@ class Linear4bit(torch.nn.Linear):
             with torch.no_grad():
                 moved = fn(weight)
             if moved is not weight:
-                weight.data = moved.data
-                if isinstance(moved, Params4bit):
-                    weight.quant_state = moved.quant_state
+                if not isinstance(moved, Params4bit):
+                    moved = weight._with_data(moved)
+                if torch._has_compatible_shallow_copy_type(weight, moved):
+                    weight.data, weight.quant_state = moved.data, moved.quant_state
+                else:  # To or from meta: one object cannot hold both.
+                    weight = moved
+                    weight.module = self
         finally:
             self._put_back(weight)
         self.quant_state = weight.quant_state

@@ -153,6 +153,11 @@ class Params4bit(torch.nn.Parameter):
     def bfloat16(self):
         return self if self.bnb_quantized else self._with_data(self.data.bfloat16())
 
+    def type(self, dtype=None, non_blocking: bool = False):
+        if dtype is not None and self.bnb_quantized:
+            return self
+        return super().type(dtype, non_blocking)
+
     def _with_data(self, data: torch.Tensor) -> "Params4bit":
         return type(self)(data, requires_grad=self.requires_grad, **self._attributes())
 
