@@ -44,7 +44,7 @@ def prepare(output: Path, sizes: Sizes, assets: Path | None = None) -> Config:
     """Fetch and convert what is not there yet, and return the run's configuration."""
     config = parse_config(yaml.safe_load(files(__package__).joinpath("sentiment.yaml").read_text(encoding="utf-8")))
     config.model.path = str(model_folder(assets))
-    folder = cache_folder() / "sentiment" / str(sizes.held_out)
+    folder = cache_folder() / "sentiment" / f"heldout-{sizes.held_out}"
     train_file, _ = write_splits(folder, sizes.held_out, assets)
     config.data.train = str(train_file)
     config.training.output_dir = str(output)

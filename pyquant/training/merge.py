@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from .config import ModelConfig, QuantizationConfig
-from .errors import ConfigError, ModelError
+from .errors import ConfigError
 from .models import adapter_record, check_adapter, check_model, load_adapter, load_base, load_tokenizer, quantize, quiet
 
 __all__ = ["merge"]
@@ -48,8 +48,6 @@ def merge(
     tokenizer = load_tokenizer(model)
 
     dense = load_base(ModelConfig(path=model, precision=precision))
-    if getattr(dense.config, "quantization_config", None) is not None and base == "16bit":
-        raise ModelError(f"{model} is stored in 4 bits; give the 16-bit model, or --base 4bit.")
     dtype = dense.dtype
     if quantization is not None:
         import pyquant

@@ -121,7 +121,7 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> "PreTr
     """Load the base model in 16 or 32 bits onto the device.
 
     Raises:
-        ModelError: see `check_model` and `choose_dtype`, or its weights cannot be read.
+        ModelError: see `check_model` and `choose_dtype`, it is stored quantized, or its weights cannot be read.
     """
     from transformers import AutoModelForCausalLM
 
@@ -131,9 +131,7 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> "PreTr
     folder = Path(config.path).expanduser()
     path = str(folder) if folder.is_dir() else config.path
     if getattr(stored, "quantization_config", None) is not None:
-        import pyquant
-
-        return pyquant.load_pretrained(path).to(device)
+        raise ModelError(f"{config.path} is stored quantized; give the 16-bit model, which is quantized on loading.")
     options = {"attn_implementation": config.attention} if config.attention else {}
     try:
         with quiet():

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .config import ModelConfig, QuantizationConfig
-from .errors import ConfigError, ModelError
+from .errors import ConfigError
 from .memory import weight_bytes
 from .models import check_model, load_base, load_tokenizer, quiet
 from .models import quantize as quantize_base
@@ -21,11 +21,9 @@ def quantize(
 
     Raises:
         ConfigError: ``output`` holds something.
-        ModelError: the model is missing, or stored in 4 bits already.
+        ModelError: the model is missing, or stored quantized already.
     """
-    config = check_model(model)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"{model} is stored in 4 bits already; give the 16-bit model.")
+    check_model(model)
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} exists and is not empty; give a new folder for the 4-bit model.")
