@@ -26,9 +26,9 @@ const char* name_of(LinearKernel kernel) {
 
 // What the cost model knows about a GPU. The clock, and the bandwidths of memory, are round figures of the data-centre
 // GPUs; only ratios between candidates matter.
-constexpr double kClock = 1.6e3;               // cycles a microsecond
+constexpr double kClock = 1.6e3;                // cycles a microsecond
 constexpr double kBytesPerMicrosecond = 2.5e6;  // of memory
-constexpr double kLaunch = 2.0;                // microseconds for one launch more
+constexpr double kLaunch = 2.0;                 // microseconds for one launch more
 
 // Bytes of the packed weight and its statistics.
 double weight_bytes(const LinearProblem& p) { return p.n * p.k * (0.5 + 1.0 / p.blocksize); }
@@ -64,8 +64,8 @@ LinearPlan mma_plan(const LinearProblem& p, int tile, int split) {
   // An SM works on its resident tiles together: the last wave is only as long as its fullest SM. One step of a lone
   // tile waits for memory and for the other warps.
   const double full = std::max(tiles / p.sm_count, 1.0);
-  const double cycles = std::max(full * step, std::max(1.0, tiles / (p.sm_count * resident)) * std::max(step, 900.0)) *
-                        steps;
+  const double cycles =
+      std::max(full * step, std::max(1.0, tiles / (p.sm_count * resident)) * std::max(step, 900.0)) * steps;
   plan.microseconds = kLaunch + std::max(cycles / kClock, weight_bytes(p) / kBytesPerMicrosecond);
   if (split > 1) plan.microseconds += kLaunch + 8.0 * split * p.m * p.columns() / kBytesPerMicrosecond;
   return plan;

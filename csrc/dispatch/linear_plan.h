@@ -29,9 +29,9 @@ struct LinearProblem {
 };
 
 enum class LinearKernel : int {
-  kSmallM,    // 16-bit, few rows of x, bandwidth-bound: rows of W to warps, fp32 arithmetic
-  kMma,       // 16-bit, tensor cores through mma.sync
-  kSimt,      // any type and shape, fp32 arithmetic
+  kSmallM,  // 16-bit, few rows of x, bandwidth-bound: rows of W to warps, fp32 arithmetic
+  kMma,     // 16-bit, tensor cores through mma.sync
+  kSimt,    // any type and shape, fp32 arithmetic
 };
 
 struct LinearPlan {

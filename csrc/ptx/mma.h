@@ -1,5 +1,5 @@
-// The tensor cores through mma.sync (sm_80 and later): 16 × 8 × 16 in bf16 or fp16 with fp32 accumulators, and ldmatrix,
-// which loads their operands from shared memory.
+// The tensor cores through mma.sync (sm_80 and later): 16 × 8 × 16 in bf16 or fp16 with fp32 accumulators, and
+// ldmatrix, which loads their operands from shared memory.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -25,8 +25,8 @@ struct FragC {
   float value[4];
 };
 
-// Four 8 × 8 matrices of 16-bit elements; lane 8i + j gives the address of row j of matrix i. Register i of a lane holds
-// elements 2t, 2t + 1 of row g of matrix i; transposed, elements g of rows 2t and 2t + 1.
+// Four 8 × 8 matrices of 16-bit elements; lane 8i + j gives the address of row j of matrix i. Register i of a lane
+// holds elements 2t, 2t + 1 of row g of matrix i; transposed, elements g of rows 2t and 2t + 1.
 template <bool kTransposed>
 __device__ inline void load_matrices(uint32_t (&reg)[4], const void* row) {
   if constexpr (kTransposed) {

@@ -7,8 +7,8 @@
 namespace pyquant::cuda {
 namespace {
 
-// A thread turns 4 packed bytes into 8 elements: 128 bytes a warp in, 512 out (16-bit types), each contiguous. Four such
-// words a thread are loaded before the first is used, to have enough bytes in flight.
+// A thread turns 4 packed bytes into 8 elements: 128 bytes a warp in, 512 out (16-bit types), each contiguous. Four
+// such words a thread are loaded before the first is used, to have enough bytes in flight.
 constexpr int kThreads = 256;
 constexpr int kElements = 8;
 constexpr int kWords = 4;

@@ -12,11 +12,11 @@ namespace {
 LinearProblem problem_of(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank,
                          bool aligned) {
   const Device& device = current_device();
-  return {direction,   m, weight.n, weight.k, dtype, rank, weight.blocksize, device.arch, device.sm_count,
-          aligned};
+  return {direction, m, weight.n, weight.k, dtype, rank, weight.blocksize, device.arch, device.sm_count, aligned};
 }
 
-// The caller allocates before all pointers are known, so for the larger of the two plans that alignment decides between.
+// The caller allocates before all pointers are known, so for the larger of the two plans that alignment decides
+// between.
 int64_t workspace(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank) {
   if (m <= 0 || weight.numel() <= 0) return 0;
   int64_t bytes = 0;

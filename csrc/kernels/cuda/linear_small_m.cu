@@ -151,10 +151,9 @@ void linear_small_m(const LinearArguments& arguments, const LinearPlan& plan, cu
   with_half_type(arguments.dtype, [&](auto element) {
     using T = decltype(element);
     const auto launch = [&](auto* kernel) {
-      kernel<<<grid, kThreads, 0, stream>>>(arguments.weight, static_cast<int>(arguments.m),
-                                            static_cast<const T*>(arguments.input),
-                                            static_cast<const T*>(arguments.bias), arguments.lora,
-                                            static_cast<T*>(arguments.output), plan.split);
+      kernel<<<grid, kThreads, 0, stream>>>(
+          arguments.weight, static_cast<int>(arguments.m), static_cast<const T*>(arguments.input),
+          static_cast<const T*>(arguments.bias), arguments.lora, static_cast<T*>(arguments.output), plan.split);
     };
     // Rows of W a warp, as small_m_plan has it.
     if (arguments.m == 1) {

@@ -15,8 +15,8 @@ constexpr int kWarps = kThreads / 32;
 // output(i, j) = alpha · sum over s of large(i, s) · small(s, j), with i along the large operand and j along the rank.
 struct Output {
   void* data;
-  bool is_float;            // else the element type
-  int64_t outer, rank;      // its two sizes
+  bool is_float;        // else the element type
+  int64_t outer, rank;  // its two sizes
   int64_t outer_stride, rank_stride;
   float alpha;
   float* partial;  // [split][outer · rank] in the layout of the output when the reduction is split, else null
@@ -37,8 +37,9 @@ __device__ void store(const Output& output, int part, int64_t i, int64_t j, floa
 
 // --- Tensor cores, 16-bit types ---
 
-// A block computes 32 × kRank of the output in steps of 128 along the reduction, of which each of its 8 warps multiplies
-// 16; the warps' sums meet at the end. So many warps to so small a tile keep enough bytes of the large operand in flight.
+// A block computes 32 × kRank of the output in steps of 128 along the reduction, of which each of its 8 warps
+// multiplies 16; the warps' sums meet at the end. So many warps to so small a tile keep enough bytes of the large
+// operand in flight.
 constexpr int kOuter = 32;
 constexpr int kStep = 128;
 constexpr int kStages = 3;
@@ -80,9 +81,8 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t step0 = (first_step + step) * kStep;
       load_tile<Tile::kLargeRows, Tile::kLargeColumns, kThreads>(stage, large, kLargeByStep ? step0 : outer0,
                                                                  kLargeByStep ? outer0 : step0);
-      load_tile<Tile::kSmallRows, Tile::kSmallColumns, kThreads>(stage + Tile::kLargeElements, small,
-                                                                 kSmallByStep ? step0 : rank0,
-                                                                 kSmallByStep ? rank0 : step0);
+      load_tile<Tile::kSmallRows, Tile::kSmallColumns, kThreads>(
+          stage + Tile::kLargeElements, small, kSmallByStep ? step0 : rank0, kSmallByStep ? rank0 : step0);
     }
     ptx::commit_copies();  // an empty group at the end keeps the count that wait_copies goes by
   };
@@ -289,9 +289,8 @@ int grad_split(int64_t m, int64_t columns, int64_t rank) {
   return static_cast<int>(std::clamp<int64_t>(std::min(wanted, m / 512), 1, 32));
 }
 
-__global__ void __launch_bounds__(kThreads)
-    add_parts_kernel(const float* __restrict__ partial, int split, int64_t size, float alpha,
-                     float* __restrict__ output) {
+__global__ void __launch_bounds__(kThreads) add_parts_kernel(const float* __restrict__ partial, int split, int64_t size,
+                                                             float alpha, float* __restrict__ output) {
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < size; i += int64_t{gridDim.x} * kThreads) {
     float sum = 0.0f;
     for (int part = 0; part < split; ++part) sum += partial[part * size + i];
@@ -308,8 +307,8 @@ void lora_grad(const char* name, DType dtype, int64_t m, int64_t columns, int64_
   const float alpha = dropout.active() ? dropout.scale : 1.0f;
   float* partial = split > 1 ? static_cast<float*>(workspace) : nullptr;
   const Output output{grad, true, columns, rank, outer_stride, rank_stride, alpha, partial};
-  const std::string problem = "of " + std::to_string(m) + " rows, " + std::to_string(columns) + " columns and rank " +
-                              std::to_string(rank);
+  const std::string problem =
+      "of " + std::to_string(m) + " rows, " + std::to_string(columns) + " columns and rank " + std::to_string(rank);
   if (dtype == DType::kFloat32) {
     skinny_simt(name, problem, {static_cast<const float*>(large), columns, 1, columns},
                 {static_cast<const float*>(small), rank, 1, rank}, m, dropout, output, split, stream);
@@ -333,13 +332,13 @@ void lora_grad(const char* name, DType dtype, int64_t m, int64_t columns, int64_
 void lora_down(DType dtype, int64_t m, int64_t k, int64_t rank, const void* x, const void* a, float scaling,
                const Dropout& dropout, void* xa, cudaStream_t stream) {
   if (m <= 0 || rank <= 0) return;
-  const std::string problem = "of " + std::to_string(m) + " rows, " + std::to_string(k) + " columns and rank " +
-                              std::to_string(rank);
+  const std::string problem =
+      "of " + std::to_string(m) + " rows, " + std::to_string(k) + " columns and rank " + std::to_string(rank);
   const float alpha = dropout.active() ? scaling * dropout.scale : scaling;
   const Output output{xa, false, m, rank, rank, 1, alpha, nullptr};
   if (dtype == DType::kFloat32) {
-    skinny_simt("lora_down", problem, {static_cast<const float*>(x), m, k, 1}, {static_cast<const float*>(a), rank, k, 1},
-                k, dropout, output, 1, stream);
+    skinny_simt("lora_down", problem, {static_cast<const float*>(x), m, k, 1},
+                {static_cast<const float*>(a), rank, k, 1}, k, dropout, output, 1, stream);
     return;
   }
   with_half_type(dtype, [&](auto element) {
@@ -358,13 +357,13 @@ void lora_down(DType dtype, int64_t m, int64_t k, int64_t rank, const void* x, c
 void lora_dya(DType dtype, int64_t m, int64_t n, int64_t rank, const void* dy, const void* b, float scaling, void* dya,
               cudaStream_t stream) {
   if (m <= 0 || rank <= 0) return;
-  const std::string problem = "of " + std::to_string(m) + " rows, " + std::to_string(n) + " columns and rank " +
-                              std::to_string(rank);
+  const std::string problem =
+      "of " + std::to_string(m) + " rows, " + std::to_string(n) + " columns and rank " + std::to_string(rank);
   const Dropout no_dropout{nullptr, 0, 1.0f};
   const Output output{dya, false, m, rank, rank, 1, scaling, nullptr};
   if (dtype == DType::kFloat32) {
-    skinny_simt("lora_dya", problem, {static_cast<const float*>(dy), m, n, 1}, {static_cast<const float*>(b), rank, 1, rank},
-                n, no_dropout, output, 1, stream);
+    skinny_simt("lora_dya", problem, {static_cast<const float*>(dy), m, n, 1},
+                {static_cast<const float*>(b), rank, 1, rank}, n, no_dropout, output, 1, stream);
     return;
   }
   with_half_type(dtype, [&](auto element) {

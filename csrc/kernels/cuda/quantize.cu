@@ -145,8 +145,7 @@ __global__ void __launch_bounds__(kNestedBlocksize)
     return;
   }
   const float normalised = fminf(fmaxf(__fmul_rn(value, __frcp_rn(scale)), -1.0f), 1.0f);
-  const float step =
-      truncf(__fadd_rn(__fmul_rn(__fmul_rn(__fadd_rn(normalised, 1.0f), 0.5f), 65535.0f), 0.5f));
+  const float step = truncf(__fadd_rn(__fmul_rn(__fmul_rn(__fadd_rn(normalised, 1.0f), 0.5f), 65535.0f), 0.5f));
   const float rounded = __fadd_rn(-1.0f, __fdiv_rn(__fmul_rn(2.0f, step), 65535.0f));
   int below = 0;
 #pragma unroll

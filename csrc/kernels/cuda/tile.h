@@ -55,8 +55,8 @@ __device__ void load_tile(T* tile, const Dense<T>& source, int64_t row0, int64_t
   }
 }
 
-// Zeroes the dropped elements of a tile that `load_tile` brought: every thread those that it copied itself, so that only
-// its own copies need to have arrived. The mask's scale is left to the epilogue.
+// Zeroes the dropped elements of a tile that `load_tile` brought: every thread those that it copied itself, so that
+// only its own copies need to have arrived. The mask's scale is left to the epilogue.
 template <int kRows, int kColumns, int kThreads, typename T>
 __device__ void drop_elements(T* tile, const Dense<T>& source, int64_t row0, int64_t column0, uint64_t seed,
                               uint32_t threshold) {

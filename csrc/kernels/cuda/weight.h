@@ -54,8 +54,7 @@ __device__ inline AbsmaxLoad load_absmax(const Weight& weight, int64_t block) {
 static_assert(kNestedBlocksize == 1 << 8, "load_absmax shifts by 8");
 
 // `offset` is load_offset's. Multiplication and addition round separately, as the format has it.
-__device__ inline float finish_absmax(const DecodeTables& tables, const Weight& weight, AbsmaxLoad load,
-                                      float offset) {
+__device__ inline float finish_absmax(const DecodeTables& tables, const Weight& weight, AbsmaxLoad load, float offset) {
   if (!weight.matrix.double_quantized()) return __uint_as_float(load.raw);
   return __fadd_rn(__fmul_rn(tables.nested_code[load.raw], load.nested), offset);
 }
