@@ -131,7 +131,7 @@ def _table(metrics: dict[str, Any]) -> Table:
         table.add_column(title, justify="right")
     table.add_column("change", justify="right")
     before, after = results["4-bit"], results["4-bit + adapter"]
-    for title, key in (("Linear weights", "linear_bytes"), ("All weights", "weight_bytes")):
+    for title, key in (("Linear layers", "linear_bytes"), ("All weights", "weight_bytes")):
         ratio = f"16-bit / {results['16-bit'][key] / before[key]:.2f}"
         table.add_row(title, *(f"{row[key]:,} B ({format_bytes(row[key])})" for row in results.values()), ratio)
     for title, key in (("Accuracy, 7 labels", "accuracy_7"), ("Accuracy, polarity (3)", "accuracy_polarity")):

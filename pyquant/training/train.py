@@ -91,12 +91,17 @@ def train(config: Config, console: Console | None = None, model: "PreTrainedMode
         console.print(f"Training {trainable:,} adapter parameters on {rows}{start}", highlight=False)
 
     before = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint and _is_finished(config.training, checkpoint):
+        # Trainer would take one step more. A run killed after its last checkpoint only lacks the results.
+        _restore(trainer, checkpoint)
+        loss = None
+    else:
+        loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
     seconds = time.perf_counter() - before
     metrics = {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "train_loss": result.training_loss,
+        "train_loss": loss,
         "train_seconds": seconds,
         "train_rows": len(train_rows),
         "resumed_from_step": _step(checkpoint) if checkpoint else None,
@@ -106,8 +111,8 @@ def train(config: Config, console: Console | None = None, model: "PreTrainedMode
     if device.type == "cuda":
         metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     if eval_rows is not None:
-        loss = trainer.evaluate()["eval_loss"]
-        metrics |= {"eval_loss": loss, "eval_perplexity": math.exp(loss), "eval_rows": len(eval_rows)}
+        eval_loss = trainer.evaluate()["eval_loss"]
+        metrics |= {"eval_loss": eval_loss, "eval_perplexity": math.exp(eval_loss), "eval_rows": len(eval_rows)}
     metrics["log"] = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
 
     if trainer.is_world_process_zero():
@@ -261,6 +266,21 @@ def _is_checkpoint(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return all((folder / name).is_file() for name in ("adapter_config.json", "optimizer.pt", "scheduler.pt"))
+
+
+def _is_finished(settings: TrainingConfig, checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    if settings.max_steps is not None:
+        return state["global_step"] >= settings.max_steps
+    return state["epoch"] >= settings.epochs
+
+
+def _restore(trainer: "SFTTrainer", checkpoint: Path) -> None:
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from transformers import TrainerState
+
+    set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint)))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def _step(checkpoint: Path) -> int:

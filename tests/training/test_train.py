@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from pyquant.training.config import parse_config
 from pyquant.training.errors import ConfigError, DataError, ModelError
@@ -141,8 +142,6 @@ def test_a_killed_run_ends_as_an_undisturbed_one(settings, tmp_path):
     ours = {e["step"]: e["loss"] for e in resumed["log"]}
     theirs = {e["step"]: e["loss"] for e in whole["log"]}
     assert ours == theirs
-    from safetensors.torch import load_file
-
     a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -164,6 +163,22 @@ def test_resume_finds_only_complete_checkpoints(settings, tmp_path):
     training.resume = "never"
     with pytest.raises(ConfigError, match=r"holds checkpoint-10; set training\.resume to auto"):
         find_checkpoint(training)
+
+
+def test_a_finished_run_can_be_called_again_and_lengthened(settings, tmp_path):
+    settings["training"] |= {"max_steps": 4, "scheduler": "constant"}
+    first = train(parse_config(settings)).metrics
+    again = train(parse_config(settings)).metrics
+    assert again["resumed_from_step"] == again["steps"] == 4
+    assert again["log"] == first["log"]
+    adapters = [load_file(tmp_path / "run" / f / "adapter_model.safetensors") for f in ("checkpoint-4", "adapter")]
+    assert all(torch.equal(adapters[1][key], value) for key, value in adapters[0].items())
+    settings["training"]["max_steps"] = 6
+    longer = train(parse_config(settings)).metrics
+    assert longer["steps"] == 6
+    assert longer["log"][:4] == first["log"]
+    settings["training"] |= {"output_dir": str(tmp_path / "whole")}
+    assert train(parse_config(settings)).metrics["log"] == longer["log"]
 
 
 def test_another_adapter_is_not_resumed(settings):
