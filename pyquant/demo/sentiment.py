@@ -44,8 +44,10 @@ def write_splits(folder: Path, held_out: int, assets: Path | None = None, seed: 
     folder.mkdir(parents=True, exist_ok=True)
     files = folder / "train.jsonl", folder / "heldout.jsonl"
     for file, part in zip(files, (rows[held_out:], rows[:held_out]), strict=True):
-        lines = (json.dumps(_row(text, label), ensure_ascii=False) for text, label in part)
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines = "".join(json.dumps(_row(text, label), ensure_ascii=False) + "\n" for text, label in part)
+        # A file that stays as it is keeps its place in the cache of tokenized rows.
+        if not file.is_file() or file.read_text(encoding="utf-8") != lines:
+            file.write_text(lines, encoding="utf-8")
     return files
 
 

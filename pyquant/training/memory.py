@@ -31,7 +31,7 @@ def estimate_bytes(config: "PretrainedConfig", quantization: QuantizationConfig)
     """Parameter counts and weight bytes in 16 bits and quantized, without loading anything.
 
     Returns:
-        parameters, linear_parameters, bytes_16bit and bytes_4bit. Codebooks, shared by all layers, are left out.
+        parameters, linear_parameters, bytes_16bit and bytes_4bit. Codebooks, at most 1 kB a layer, are left out.
     """
     from transformers import AutoModelForCausalLM
 
