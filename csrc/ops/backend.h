@@ -82,8 +82,8 @@ class Cuda {
   static constexpr bool kAsync = true;
 
   explicit Cuda(const Tensor& tensor) : guard_(checked_index(tensor)) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                    "pyquant: a CUDA tensor, but this torch has no CUDA library");
+    PYQUANT_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "pyquant: a CUDA tensor, but this torch has no CUDA library");
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
@@ -135,8 +135,9 @@ class Cuda {
  private:
   // One CUDA tensor among the arguments is enough for the dispatcher to come here.
   static int32_t checked_index(const Tensor& tensor) {
-    STD_TORCH_CHECK(tensor.is_cuda(),
-                    "pyquant: the input is on the CPU and other tensors on a GPU; move one with .to(device)");
+    PYQUANT_CHECK(
+        tensor.is_cuda(),
+        "pyquant: the input and other tensors are on different devices (cpu and cuda); move one with .to(device)");
     return tensor.get_device_index();
   }
 
@@ -159,9 +160,9 @@ class Cuda {
 class Cuda : public Cpu {
  public:
   explicit Cuda(const Tensor& tensor) : Cpu(tensor) {
-    STD_TORCH_CHECK(false,
-                    "pyquant was built without CUDA and got a CUDA tensor. Install it again where nvcc is on PATH or "
-                    "CUDA_HOME is set; pyquant.show_config() says what was built");
+    fail(
+        "pyquant was built without CUDA and got a CUDA tensor. Install it again where nvcc is on PATH or "
+        "CUDA_HOME is set; pyquant.show_config() says what was built");
   }
 };
 #endif

@@ -17,9 +17,9 @@ Adapter check_adapter(const char* op, const Activation& x, const char* name, con
                       int64_t n, int64_t k) {
   check_device(lora_a, x.tensor, op, "lora_A", name);
   check_device(lora_b, x.tensor, op, "lora_B", name);
-  STD_TORCH_CHECK(lora_a.dim() == 2 && lora_b.dim() == 2 && lora_a.size(0) == lora_b.size(1) && lora_a.size(0) > 0 &&
-                      lora_a.size(1) == k && lora_b.size(0) == n,
-                  op, ": lora_A must be [r, ", k, "] and lora_B [", n, ", r] for one rank r > 0");
+  PYQUANT_CHECK(lora_a.dim() == 2 && lora_b.dim() == 2 && lora_a.size(0) == lora_b.size(1) && lora_a.size(0) > 0 &&
+                    lora_a.size(1) == k && lora_b.size(0) == n,
+                op, ": lora_A must be [r, ", k, "] and lora_B [", n, ", r] for one rank r > 0");
   // Adapters are often kept in float32 beside 16-bit activations; the products run in the dtype of the activations.
   const auto in_dtype_of_x = [&](const Tensor& factor, const char* factor_name) {
     dtype_of(factor, op, factor_name);
@@ -66,14 +66,14 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(Tensor dy, Tensor x
   const Backend backend(x);
   const Activation gradient = check_activation(kOp, dy, "dy", n, "output features");
   const Activation input = check_activation(kOp, x, "x", k, "input features");
-  STD_TORCH_CHECK(input.dtype == gradient.dtype && input.rows == gradient.rows, kOp,
-                  ": dy and x must agree in dtype and in every dimension but the last");
+  PYQUANT_CHECK(input.dtype == gradient.dtype && input.rows == gradient.rows, kOp,
+                ": dy and x must agree in dtype and in every dimension but the last");
   const Weight weight =
       check_weight(kOp, x, "x", packed, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, n, k);
   const Adapter adapter = check_adapter(kOp, input, "x", lora_a, lora_b, n, k);
   const Dropout mask = check_dropout(kOp, dropout, seed, x);
-  STD_TORCH_CHECK(xa.scalar_type() == x.scalar_type() && xa.numel() == input.rows * adapter.rank, kOp,
-                  ": xa must be what lora_linear_4bit returned for x, [", input.rows, ", ", adapter.rank, "]");
+  PYQUANT_CHECK(xa.scalar_type() == x.scalar_type() && xa.numel() == input.rows * adapter.rank, kOp,
+                ": xa must be what lora_linear_4bit returned for x, [", input.rows, ", ", adapter.rank, "]");
   const Tensor xa_values = as_contiguous(xa);
 
   Tensor dx = needs_dx ? new_like(gradient, k) : torch::stable::new_empty(x, {0});

@@ -17,9 +17,9 @@ Tensor mean(const Tensor& absmax) {
 void check_finite(const Tensor& absmax, int64_t blocksize, int64_t numel) {
   const float* begin = data<float>(absmax);
   for (int64_t block = 0; block < absmax.numel(); ++block) {
-    STD_TORCH_CHECK(std::isfinite(begin[block]), kOp, ": input holds NaN or infinity, between elements ",
-                    block * blocksize, " and ", std::min(numel, (block + 1) * blocksize) - 1,
-                    " of the flattened tensor; only finite values can be quantized");
+    PYQUANT_CHECK(std::isfinite(begin[block]), kOp, ": input holds NaN or infinity, between elements ",
+                  block * blocksize, " and ", std::min(numel, (block + 1) * blocksize) - 1,
+                  " of the flattened tensor; only finite values can be quantized");
   }
 }
 
@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_4bit(Tensor input, std::stri
   const QuantType type = quant_type_of(quant_type, kOp);
   check_blocksize(blocksize, kOp);
   const int64_t numel = input.numel();
-  STD_TORCH_CHECK(numel > 0, kOp, ": input has no elements");
+  PYQUANT_CHECK(numel > 0, kOp, ": input has no elements");
   const int64_t blocks = (numel + blocksize - 1) / blocksize;
 
   const Backend backend(input);
@@ -45,8 +45,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_4bit(Tensor input, std::stri
   }
 
   check_device(*nested_code, input, kOp, "nested_code", "input");
-  STD_TORCH_CHECK(nested_code->scalar_type() == ScalarType::Float && nested_code->numel() == 256, kOp,
-                  ": nested_code must be float32 with 256 values");
+  PYQUANT_CHECK(nested_code->scalar_type() == ScalarType::Float && nested_code->numel() == 256, kOp,
+                ": nested_code must be float32 with 256 values");
   const Tensor code = as_contiguous(*nested_code);
   const Tensor offset = mean(absmax);
   Tensor codes = torch::stable::new_empty(values, {blocks}, ScalarType::Byte);

@@ -1,4 +1,4 @@
-// The kernels behind linear_4bit and linear_4bit_dx, one launcher each; linear.cpp chooses.
+// The kernels behind linear_4bit and linear_4bit_dx, one launcher each; linear.cu chooses.
 #pragma once
 
 #include "dispatch/linear_plan.h"
