@@ -62,10 +62,16 @@ def replace_linear(
     if _is_linear(model):
         raise ValueError("the model is a linear layer itself; replace it with pyquant.nn.Linear4bit by hand")
     linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    # One module may stand under several names: it is replaced under all of them, and skipped by any.
+    aliases: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(name)
+    names_of = {name: aliases[id(module)] for name, module in linears.items()}
     selected = {
         name: module
         for name, module in linears.items()
-        if not _matches(name, skip) and (targets is None or _matches(name, targets))
+        if not any(_matches(alias, skip) for alias in names_of[name])
+        and (targets is None or any(_matches(alias, targets) for alias in names_of[name]))
     }
     if targets is not None and not selected:
         raise ValueError(
@@ -75,7 +81,7 @@ def replace_linear(
         )
     todo = {name: module for name, module in selected.items() if not isinstance(module, Linear4bit)}
     for name in todo:
-        _check_weight(name, todo[name], quant_storage)
+        _check_weight(name, todo[name], quant_storage, blocksize if double_quant else None)
 
     before = after = 0
     shared: dict[int, Params4bit] = {}
@@ -92,7 +98,8 @@ def replace_linear(
         else:
             layer = _from_dense(dense, quant_type, blocksize, double_quant, compute_dtype, quant_storage, shared)
         layer.train(dense.training)
-        _set_submodule(model, name, layer)
+        for alias in names_of[name]:
+            _set_submodule(model, alias, layer)
         after += _nbytes(layer)
         del dense
     if verbose:
@@ -114,12 +121,24 @@ def dequantize_linear(model: torch.nn.Module, dtype: torch.dtype | None = None) 
         TypeError: the model has adapters; merge or unload them first.
     """
     _refuse_adapters(model)
-    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, Linear4bit)]:
-        weight = module.weight.dequantize()
-        dense = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        dense.weight = torch.nn.Parameter(weight if dtype is None else weight.to(dtype), requires_grad=False)
-        dense.bias = module.bias
-        dense.train(module.training)
+    # Modules under several names and weights that several layers share stay so.
+    layers: dict[int, torch.nn.Linear] = {}
+    weights: dict[int, torch.nn.Parameter] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(module, Linear4bit):
+            continue
+        dense = layers.get(id(module))
+        if dense is None:
+            dense = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            if id(module.weight) not in weights:
+                weight = module.weight.dequantize()
+                weights[id(module.weight)] = torch.nn.Parameter(
+                    weight if dtype is None else weight.to(dtype), requires_grad=False
+                )
+            dense.weight = weights[id(module.weight)]
+            dense.bias = module.bias
+            dense.train(module.training)
+            layers[id(module)] = dense
         _set_submodule(model, name, dense)
     return model
 
@@ -165,7 +184,9 @@ def _refuse_adapters(model: torch.nn.Module) -> None:
         )
 
 
-def _check_weight(name: str, module: torch.nn.Module, quant_storage: torch.dtype) -> None:
+def _check_weight(
+    name: str, module: torch.nn.Module, quant_storage: torch.dtype, double_quant_blocksize: int | None
+) -> None:
     weight = module.weight
     if _is_bitsandbytes(module) and getattr(weight, "quant_state", None) is not None:
         return
@@ -182,7 +203,15 @@ def _check_weight(name: str, module: torch.nn.Module, quant_storage: torch.dtype
         return
     low, high = torch.aminmax(weight.detach())
     if not (torch.isfinite(low) & torch.isfinite(high)):
-        raise ValueError(f"{name}.weight holds NaN or infinity and; mend it or add {name!r} to skip")
+        raise ValueError(f"{name}.weight holds NaN or infinity; mend it or add {name!r} to skip")
+    if double_quant_blocksize is not None:
+        # Double quantization takes the mean of the blocks' scales, whose sum must stay within float32.
+        largest = torch.finfo(torch.float32).max / -(-weight.numel() // double_quant_blocksize)
+        if max(-low, high) > largest:
+            raise ValueError(
+                f"{name}.weight holds values above {largest:.1e}, too large for double quantization; "
+                f"use double_quant=False or add {name!r} to skip"
+            )
 
 
 def _from_dense(
@@ -231,22 +260,24 @@ def _from_bitsandbytes(module: torch.nn.Module) -> Linear4bit:
             quant_storage=weight.quant_storage,
         )._quantize(weight.device)
         return Linear4bit.from_weight(quantized, module.bias, compute_dtype)
-    data = weight.data
+    data, absmax = weight.data, state.absmax
     if getattr(state, "packing_format_for_cpu", False):
-        # bitsandbytes repacks a weight that it has used for inference on a CPU; its own inverse undoes that.
+        # bitsandbytes repacks a weight that it has used for inference on a CPU; its own inverse undoes that, but leaves
+        # plain statistics transposed and the offset in 16 bits.
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
         data, state = _convert_weight_packed_for_cpu_inverse(data, state)
+        absmax = state.absmax if state.nested else absmax.t().reshape(-1).float()
     taken = QuantState(
-        absmax=state.absmax,
+        absmax=absmax,
         shape=state.shape,
         code=state.code,
         blocksize=state.blocksize,
         quant_type=state.quant_type,
         dtype=state.dtype,
-        offset=state.offset,
+        offset=state.offset.float() if state.nested else None,
         state2=None
-        if state.state2 is None
+        if not state.nested
         else QuantState(
             state.state2.absmax, code=state.state2.code, blocksize=state.state2.blocksize, dtype=state.state2.dtype
         ),
