@@ -1,0 +1,374 @@
+"""LoRA through PEFT: the fused layer against plain PEFT on the dense model that the 4-bit weights stand for."""
+
+import copy
+import subprocess
+import sys
+
+import peft
+import pytest
+import reference
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_replace import linears, replace, with_exact_weights
+
+import pyquant
+from pyquant.integrations.peft import LoraLinear4bit
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def config(**options):
+    options = {"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS, "task_type": "CAUSAL_LM", **options}
+    return LoraConfig(**options)
+
+
+def randomize(model, seed=0):
+    """Adapters as after training: B is not zero."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape).to(parameter.dtype)
+    return model
+
+
+@pytest.fixture
+def models(odd_mistral):
+    """(4-bit model, the dense model with the same rounded weights), both without adapters."""
+    quantized = replace(copy.deepcopy(odd_mistral))
+    return quantized, with_exact_weights(odd_mistral, quantized)
+
+
+def adapted_pair(models, **options):
+    """Both models with the same random adapters."""
+    ours, dense = (randomize(get_peft_model(model, config(**options))) for model in models)
+    copy_adapters(ours, dense)
+    return ours, dense
+
+
+def copy_adapters(source, target):
+    own = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        if "lora_" in name:
+            parameter.data = own[name].data.clone().to(parameter.dtype)
+
+
+def loss_of(model, token_ids):
+    return model(token_ids, labels=token_ids, use_cache=False).loss
+
+
+def adapter_gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_close(ours, theirs, tolerance=1e-4):
+    assert reference.relative_error(ours.detach(), theirs.detach()) < tolerance
+
+
+@pytest.mark.parametrize("target_modules", [PROJECTIONS, "all-linear", r".*\.(q|v)_proj", ["q_proj"]])
+def test_every_target_becomes_the_fused_layer(models, target_modules):
+    ours, _ = models
+    expected = {"all-linear": 14, r".*\.(q|v)_proj": 4}.get(str(target_modules), 2 * len(target_modules))
+    model = get_peft_model(ours, config(target_modules=target_modules))
+    fused = linears(model, LoraLinear4bit)
+    assert len(fused) == expected
+    others = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer) and type(m) is not LoraLinear4bit]
+    assert not others
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("order", ["import pyquant, peft", "import peft, pyquant", "import pyquant"])
+def test_the_order_of_imports_does_not_matter(order):
+    script = f"""
+{order}
+import torch
+from peft import LoraConfig, get_peft_model
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+pyquant.replace_linear(model, verbose=False)
+model = get_peft_model(model, LoraConfig(target_modules=["0", "1"]))
+print(type(model.base_model.model[0]).__name__, type(model.base_model.model[1]).__name__)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.split() == ["LoraLinear4bit", "LoraLinear4bit"]
+
+
+def test_importing_pyquant_does_not_import_peft():
+    script = "import sys, pyquant; print('peft' in sys.modules, 'transformers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.split() == ["False", "False"]
+
+
+def test_lora_config_has_the_usual_choices():
+    built = pyquant.lora_config()
+    assert isinstance(built, LoraConfig)
+    assert (built.r, built.lora_alpha, built.target_modules, built.task_type) == (16, 32, "all-linear", "CAUSAL_LM")
+    assert pyquant.lora_config(r=8, lora_dropout=0.1, task_type="SEQ_CLS").task_type == "SEQ_CLS"
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize("options", [{}, {"r": 16, "use_rslora": True}, {"lora_bias": True}, {"r": 1}])
+def test_outputs_and_gradients_are_plain_pefts(models, token_ids, options):
+    # An adapter's bias needs one in the base layer for merging alone: Mistral's have none.
+    ours, dense = adapted_pair(models, **options)
+    assert_close(ours(token_ids).logits, dense(token_ids).logits)
+    loss, expected = loss_of(ours.train(), token_ids), loss_of(dense.train(), token_ids)
+    assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    gradients = adapter_gradients(ours)
+    assert set(gradients) == set(adapter_gradients(dense))
+    assert len(gradients) >= 28
+    for name, gradient in adapter_gradients(dense).items():
+        assert_close(gradients[name], gradient, 1e-3)
+
+
+def test_float32_adapters_on_a_bfloat16_base(models, token_ids):
+    ours, dense = adapted_pair(models)
+    masters = {n: p.data for n, p in ours.named_parameters() if "lora_" in n}
+    ours.bfloat16()
+    for name, parameter in ours.named_parameters():
+        if "lora_" in name:
+            parameter.data = masters[name]
+    rough = copy.deepcopy(dense).bfloat16()
+    truth = copy.deepcopy(dense).double()
+    for model in (ours, rough, truth):
+        loss_of(model.train(), token_ids).backward()
+    for name, gradient in adapter_gradients(ours).items():
+        assert gradient.dtype == torch.float32
+        exact = adapter_gradients(truth)[name]
+        # The whole network runs in bfloat16: the yardstick is plain PEFT there.
+        limit = max(1.6 * reference.relative_error(adapter_gradients(rough)[name], exact), 0.02)
+        assert reference.relative_error(gradient, exact) < limit, name
+
+
+def test_dropout_is_for_training_alone(models, token_ids):
+    ours, dense = adapted_pair(models, lora_dropout=0.5)
+    expected = dense.eval()(token_ids).logits
+    assert_close(ours.eval()(token_ids).logits, expected)
+    ours.train()
+    torch.manual_seed(1)
+    first = ours(token_ids).logits
+    torch.manual_seed(1)
+    assert torch.equal(ours(token_ids).logits, first)
+    assert not torch.equal(ours(token_ids).logits, first)
+    # Unbiased: the mean over many masks of one layer's output comes near the output without dropout.
+    layer = next(iter(linears(ours, LoraLinear4bit).values()))
+    x = torch.randn(3, layer.in_features)
+    mean = layer(x.expand(2000, 3, -1)).mean(0)
+    assert_close(mean, layer.eval()(x), 0.05)
+
+
+def test_dropout_follows_the_reference_mask(models):
+    ours, _ = adapted_pair(models, lora_dropout=0.3)
+    layer = next(iter(linears(ours, LoraLinear4bit).values())).train()
+    x = torch.randn(2, 5, layer.in_features)
+    torch.manual_seed(11)
+    seed = torch.randint(2**63 - 1, (1,)).item()
+    torch.manual_seed(11)
+    y = layer(x)
+    mask = reference.dropout_mask(seed, 0.3, 10, layer.in_features).reshape(x.shape)
+    lora_A, lora_B = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+    weight = layer.base_layer.weight.dequantize().double()
+    expected = x.double() @ weight.T + layer.scaling["default"] * (x.double() * mask) @ lora_A.T @ lora_B.T
+    assert_close(y, expected, 1e-5)
+
+
+def test_several_adapters_disabling_and_mixed_batches(models, token_ids):
+    pair = adapted_pair(models)
+    base = [model.get_base_model() for model in pair]
+    for model in pair:
+        model.add_adapter("second", config(r=8, lora_alpha=4))
+        randomize(model, seed=5)
+    ours, dense = pair
+    copy_adapters(ours, dense)
+    for active in ("default", "second"):
+        for model in pair:
+            model.set_adapter(active)
+        assert_close(ours(token_ids).logits, dense(token_ids).logits)
+    for model in pair:
+        model.base_model.set_adapter(["default", "second"])
+    assert_close(ours(token_ids).logits, dense(token_ids).logits)
+    loss_of(ours, token_ids).backward()
+    loss_of(dense, token_ids).backward()
+    gradients = adapter_gradients(ours)
+    for name, gradient in adapter_gradients(dense).items():
+        if gradient is not None:
+            assert_close(gradients[name], gradient, 1e-3)
+    with ours.disable_adapter(), dense.disable_adapter():
+        assert_close(ours(token_ids).logits, dense(token_ids).logits)
+    names = ["second", "__base__"]
+    mixed = ours.eval()(token_ids, adapter_names=names).logits
+    assert_close(mixed, dense.eval()(token_ids, adapter_names=names).logits)
+    ours.set_adapter("second")
+    assert_close(mixed[0], ours(token_ids[:1]).logits[0])
+    assert base[0] is ours.get_base_model()
+    ours.delete_adapter("default")
+    assert set(next(iter(linears(ours, LoraLinear4bit).values())).lora_A) == {"second"}
+
+
+def packed_bytes(model):
+    return {
+        name: (layer.weight.data.clone(), copy.deepcopy(layer.weight.quant_state))
+        for name, layer in linears(model, pyquant.nn.Linear4bit).items()
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merging_and_unmerging(models, token_ids, safe_merge):
+    ours, _ = adapted_pair(models)
+    ours.add_adapter("second", config(r=2))
+    randomize(ours)
+    before, expected = packed_bytes(ours), ours(token_ids).logits
+    layer = next(iter(linears(ours, LoraLinear4bit).values()))
+    original = layer.base_layer.weight.dequantize()
+    ours.merge_adapter(adapter_names=["default"], safe_merge=safe_merge)
+    assert layer.merged
+    delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
+    packed, state = pyquant.functional.quantize_4bit(
+        original + delta.detach(), quant_type="nf4", compress_statistics=True
+    )
+    assert torch.equal(layer.base_layer.weight.data, packed)
+    assert layer.base_layer.weight.quant_state == state
+    merged = ours(token_ids).logits
+    assert_close(merged, expected, 0.5)
+    assert not torch.equal(merged, expected)
+    ours.merge_adapter(adapter_names=["second"], safe_merge=safe_merge)
+    delta = delta + layer.lora_B["second"].weight @ layer.lora_A["second"].weight * layer.scaling["second"]
+    packed, _ = pyquant.functional.quantize_4bit(original + delta.detach(), quant_type="nf4", compress_statistics=True)
+    same = (layer.base_layer.weight.data == packed).float().mean()
+    assert same > 0.999, "the second merge starts from the unmerged weight"
+    ours.unmerge_adapter()
+    after = packed_bytes(ours)
+    assert all(torch.equal(after[name][0], value) for name, (value, _) in before.items())
+    assert all(after[name][1] == state for name, (_, state) in before.items())
+    assert torch.equal(ours(token_ids).logits, expected)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layer.unmerge()
+
+
+def test_a_broken_adapter_is_not_merged_safely(models):
+    ours, _ = adapted_pair(models)
+    layer = next(iter(linears(ours, LoraLinear4bit).values()))
+    layer.lora_B["default"].weight.data[0, 0] = float("nan")
+    before = packed_bytes(ours)
+    with pytest.raises(ValueError, match="merging default gives NaN or infinity; the adapter is broken"):
+        ours.merge_adapter(safe_merge=True)
+    name = next(iter(before))
+    assert torch.equal(packed_bytes(ours)[name][0], before[name][0])
+    assert not layer.merged
+
+
+def test_merge_and_unload_gives_plain_4bit_layers(models, token_ids):
+    ours, _ = adapted_pair(models)
+    ours.merge_adapter()
+    merged = ours(token_ids).logits
+    ours.unmerge_adapter()
+    unloaded = ours.merge_and_unload()
+    assert not linears(unloaded, LoraLinear4bit)
+    assert len(linears(unloaded)) == 14
+    assert torch.equal(unloaded(token_ids).logits, merged)
+
+
+def test_unload_gives_the_base_back(models, token_ids):
+    quantized, _ = models
+    expected = quantized(token_ids).logits
+    ours = randomize(get_peft_model(quantized, config()))
+    assert not torch.equal(ours(token_ids).logits, expected)
+    assert torch.equal(ours.unload()(token_ids).logits, expected)
+
+
+def test_adapters_saved_here_load_here_and_in_plain_peft(models, token_ids, tmp_path):
+    quantized, dense = models
+    blank = copy.deepcopy(quantized)
+    ours = randomize(get_peft_model(quantized, config(lora_dropout=0.1)))
+    expected = ours.eval()(token_ids).logits
+    ours.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(copy.deepcopy(blank), tmp_path / "adapter")
+    assert len(linears(again, LoraLinear4bit)) == 14
+    assert torch.equal(again(token_ids).logits, expected)
+    second = get_peft_model(blank, config(r=2))
+    second.load_adapter(tmp_path / "adapter", "loaded")
+    second.set_adapter("loaded")
+    assert torch.equal(second.eval()(token_ids).logits, expected)
+    plain = PeftModel.from_pretrained(dense, tmp_path / "adapter")
+    assert_close(plain(token_ids).logits, expected)
+    saved = peft.get_peft_model_state_dict(ours)
+    loaded = peft.get_peft_model_state_dict(plain)
+    assert list(saved) == list(loaded)
+    assert all(torch.equal(saved[key], loaded[key]) for key in saved)
+
+
+def test_adapters_saved_by_plain_peft_load_here(models, token_ids, tmp_path):
+    quantized, dense = models
+    plain = randomize(get_peft_model(dense, config(target_modules="all-linear")))
+    plain.save_pretrained(tmp_path / "adapter")
+    ours = PeftModel.from_pretrained(quantized, tmp_path / "adapter")
+    assert len(linears(ours, LoraLinear4bit)) == 14
+    assert_close(ours(token_ids).logits, plain.eval()(token_ids).logits)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_repeats_the_dropout(models, token_ids, reentrant):
+    ours, _ = adapted_pair(models, lora_dropout=0.3)
+    checkpointed = copy.deepcopy(ours)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed.enable_input_require_grads()
+    results = []
+    for model in (ours, checkpointed):
+        torch.manual_seed(3)
+        loss = loss_of(model.train(), token_ids)
+        loss.backward()
+        results.append((loss.detach(), adapter_gradients(model)))
+    (loss, gradients), (other_loss, other_gradients) = results
+    assert torch.equal(loss, other_loss)
+    assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"use_dora": True}, "use_dora"), ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens")],
+)
+def test_unsupported_variants_are_refused(models, options, named):
+    quantized, _ = models
+    with pytest.raises(ValueError, match=f"pyquant's 4-bit LoRA layer does not support {named}; leave it out"):
+        get_peft_model(quantized, config(**options))
+
+
+def train(model, token_ids, steps=8):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    losses = []
+    for _ in range(steps):
+        loss = loss_of(model.train(), token_ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_training_follows_the_dense_models_loss_curve(models, token_ids):
+    ours, dense = (get_peft_model(model, config()) for model in models)
+    copy_adapters(ours, dense)
+    packed = packed_bytes(ours)
+    losses, expected = train(ours, token_ids), train(dense, token_ids)
+    assert losses[-1] < losses[0] - 0.3
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=2e-3, atol=0)
+    assert all(torch.equal(value, packed_bytes(ours)[name][0]) for name, (value, _) in packed.items())
+
+
+def test_prepare_model_for_kbit_training_leaves_the_bytes(models, token_ids):
+    quantized, _ = models
+    quantized.bfloat16()
+    before = packed_bytes(quantized)
+    prepared = peft.prepare_model_for_kbit_training(quantized, use_gradient_checkpointing=False)
+    assert all(torch.equal(value, packed_bytes(prepared)[name][0]) for name, (value, _) in before.items())
+    assert prepared(token_ids).logits.isfinite().all()
+
+
+def test_a_copy_of_an_adapted_model_is_independent(models, token_ids):
+    ours, _ = adapted_pair(models)
+    expected = ours(token_ids).logits
+    other = copy.deepcopy(ours)
+    assert torch.equal(other(token_ids).logits, expected)
+    other.merge_adapter()
+    assert torch.equal(ours(token_ids).logits, expected)
