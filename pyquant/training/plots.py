@@ -16,7 +16,7 @@ def plot_loss(history: list[dict], file: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display, and leaves pyplot's global state alone
     axes = figure.add_subplot()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o--")):
+    for key, label, style in (("loss", "training", ".-"), ("eval_loss", "evaluation", "o--")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)

@@ -167,6 +167,7 @@ def build_trainer(
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=settings.log_every,
+        logging_first_step=True,  # the shortest run has a curve too
         eval_strategy="steps" if eval_rows is not None and settings.eval_every else "no",
         eval_steps=settings.eval_every,
         save_strategy="steps",
