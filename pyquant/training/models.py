@@ -146,9 +146,7 @@ def quantize(model: "PreTrainedModel", config: QuantizationConfig) -> "PreTraine
     if config.method == "none":
         return model
     import pyquant
-    from pyquant.integrations.peft import register
 
-    register()  # whatever was imported first, the adapter must land in the fused layer
     return pyquant.replace_linear(
         model,
         quant_type=config.method,
