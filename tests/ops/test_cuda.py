@@ -1,0 +1,146 @@
+"""What only a GPU has: streams, the current device, CUDA graphs, large shapes, and the CPU as its witness."""
+
+import pytest
+import reference
+import torch
+from ops.test_linear import quantized
+from ops.test_lora import adapter, check_lora, seed_tensor
+from shapes import MISTRAL_7B
+
+import pyquant.functional as F
+
+pytestmark = pytest.mark.gpu
+ops = torch.ops.pyquant
+
+
+def lora_step(x, dy, weight, lora_A, lora_B, seed):
+    """Forward and backward of the fused layer, as ops without autograd."""
+    y, xa = ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 2.0, 0.2, seed)
+    return y, *ops.lora_linear_4bit_backward(dy, x, xa, *weight, lora_A, lora_B, 2.0, 0.2, seed, True)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64, 300])
+@pytest.mark.parametrize(("n", "k"), [(123, 77), (256, 512)])
+def test_a_cuda_graph_replays_on_new_inputs(rows, n, k):
+    weight, _ = quantized(n, k, device="cuda")
+    x, dy = torch.randn(rows, k).bfloat16().cuda(), torch.randn(rows, n).bfloat16().cuda()
+    factors = adapter(n, k, 16, torch.bfloat16, "cuda")
+    seed = seed_tensor(1, "cuda")
+    dense = torch.randn(n, k, device="cuda")
+    code = F.create_dynamic_map().cuda()
+
+    def everything():
+        quantized_again = ops.quantize_4bit(dense, "nf4", 64, code)
+        return *lora_step(x, dy, weight, *factors, seed), ops.linear_4bit(x, *weight, None), *quantized_again
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        everything()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = everything()
+    for value in (2, 3):
+        x.copy_(torch.randn(rows, k))
+        dy.copy_(torch.randn(rows, n))
+        dense.copy_(torch.randn(n, k))
+        seed.fill_(value)
+        graph.replay()
+        for replayed, expected in zip(captured, everything(), strict=True):
+            assert torch.equal(replayed, expected)
+
+
+def test_ops_run_on_the_current_stream():
+    weight, _ = quantized(1024, 1024, device="cuda")
+    x = torch.randn(64, 1024, device="cuda").bfloat16()
+    expected = ops.linear_4bit(x, *weight, None)
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(x)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(x)
+        y = ops.linear_4bit(late, *weight, None)
+        packed, state = F.quantize_4bit(late, quant_type="nf4", compress_statistics=True)
+        dense = F.dequantize_4bit(packed, state)
+    stream.synchronize()
+    assert torch.equal(y, expected)
+    assert torch.equal(packed, F.quantize_4bit(x, quant_type="nf4", compress_statistics=True)[0])
+    assert torch.equal(dense, F.dequantize_4bit(packed, state))
+
+
+def test_ops_follow_their_tensors_device():
+    if torch.cuda.device_count() < 2:
+        # With one GPU: the current device stays what it was.
+        before = torch.cuda.current_device()
+        F.quantize_4bit(torch.randn(64, 64, device="cuda"))
+        assert torch.cuda.current_device() == before
+        return
+    weight, exact = quantized(96, 77, device="cuda:1")
+    x = torch.randn(5, 77)
+    y = ops.linear_4bit(x.to("cuda:1"), *weight, None)
+    assert y.device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert reference.relative_error(y, x.double() @ exact.double().T) < 1e-3
+
+
+def test_no_op_waits_for_the_gpu():
+    weight, _ = quantized(256, 256, device="cuda")
+    x, dy = (torch.randn(16, 256, device="cuda").bfloat16() for _ in range(2))
+    factors = adapter(256, 256, 8, torch.bfloat16, "cuda")
+    seed, code, dense = seed_tensor(1, "cuda"), F.create_dynamic_map().cuda(), torch.randn(256, 256, device="cuda")
+    lora_step(x, dy, weight, *factors, seed)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lora_step(x, dy, weight, *factors, seed)
+        ops.linear_4bit(x, *weight, None)
+        ops.linear_4bit_dx(dy, *weight)
+        ops.quantize_4bit(dense, "nf4", 64, code)
+        ops.dequantize_4bit(*weight[:-2], (256, 256), torch.bfloat16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 128, 777])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["k_proj", "gate_proj", "down_proj"])
+def test_mistral_shapes_meet_the_bound(name, dtype, rows):
+    n, k = MISTRAL_7B[name]
+    weight, exact = quantized(n, k, device="cuda")
+    exact = exact.cuda()
+    x, dy = torch.randn(rows, k, device="cuda").to(dtype), torch.randn(rows, n, device="cuda").to(dtype)
+    check_on_gpu(x, exact.T, ops.linear_4bit(x, *weight, None), "y")
+    check_on_gpu(dy, exact, ops.linear_4bit_dx(dy, *weight), "dx")
+
+
+def check_on_gpu(left, right, value, what):
+    truth, baseline = left.double() @ right.double(), left @ right.to(left.dtype)
+    reference.assert_within_bound(value, baseline, truth, what)
+
+
+def test_a_training_step_of_one_layer_meets_the_bound():
+    n, k = 1024, 4096
+    weight, exact = quantized(n, k, device="cuda")
+    x, dy = torch.randn(512, k).bfloat16(), torch.randn(512, n).bfloat16()
+    check_lora(x, dy, None, weight, exact, *adapter(n, k, 16, torch.bfloat16), p=0.05, seed=3, device="cuda")
+
+
+def test_more_than_2_to_the_31_elements():
+    n, k = 2**15 + 1, 2**16 + 64
+    free, _ = torch.cuda.mem_get_info()
+    weight = torch.zeros(n, k, dtype=torch.bfloat16, device="cuda")
+    assert free > 3 * weight.nbytes, "this test needs 13 GB of GPU memory"
+    weight[-1] = torch.randn(k, device="cuda")
+    packed, state = F.quantize_4bit(weight, quant_type="nf4")
+    last = F.quantize_4bit(weight[-1].clone(), quant_type="nf4")
+    assert torch.equal(packed[-k // 2 :], last[0])
+    dense = F.dequantize_4bit(packed, state)
+    assert torch.equal(dense[-1], F.dequantize_4bit(*last))
+    assert not dense[:-1].any()
+    del dense
+    x = torch.randn(1, k, device="cuda").bfloat16()
+    y = ops.linear_4bit(x, packed, *F.statistics(state), "nf4", 64, n, k, None)
+    truth = x.double() @ F.dequantize_4bit(*last).double()
+    assert not y[0, :-1].any()
+    assert abs(y[0, -1].double() - truth[0]) < 0.02 * truth.abs()[0] + 0.05

@@ -1,0 +1,106 @@
+"""show_config: what it prints with and without a GPU and a CUDA build."""
+
+import types
+
+import peft
+import pytest
+import torch
+import transformers
+
+import pyquant
+from pyquant import _C, environment
+
+
+def printed(capsys) -> dict[str, str]:
+    """The printed lines, by label."""
+    pyquant.show_config()
+    lines = capsys.readouterr().out.splitlines()
+    return {label: text.strip() for label, _, text in (line.partition(":") for line in lines)}
+
+
+def built_with_cuda(monkeypatch, archs="80 90a 90+PTX", devices=()):
+    monkeypatch.setattr(
+        environment,
+        "_C",
+        types.SimpleNamespace(
+            version=_C.version,
+            cpu_isa=_C.cpu_isa,
+            cuda_version=lambda: "13.0",
+            cuda_archs=lambda: archs,
+            cuda_devices=lambda: devices,
+        ),
+    )
+
+
+def test_versions_and_the_cpu_are_printed(capsys):
+    lines = printed(capsys)
+    assert lines["pyquant"] == pyquant.__version__
+    assert lines["torch"] == torch.__version__
+    assert lines["transformers"] == transformers.__version__
+    assert lines["peft"] == peft.__version__
+    assert lines["CPU kernels"] == f"{_C.cpu_isa()}, {torch.get_num_threads()} threads"
+    assert "CUDA kernels" in lines
+
+
+def test_the_forced_instruction_set_is_the_one_printed(capsys, each_isa):
+    for name in each_isa():
+        assert printed(capsys)["CPU kernels"].startswith(f"{name}, ")
+
+
+def test_a_build_without_cuda_says_how_to_get_it(capsys, monkeypatch):
+    built_with_cuda(monkeypatch)
+    monkeypatch.setattr(environment._C, "cuda_version", lambda: "")
+    lines = printed(capsys)
+    assert lines["CUDA kernels"].startswith("not built: no nvcc was found. Install pyquant again with nvcc on PATH")
+    assert not any(label.startswith("GPU") for label in lines)
+
+
+def test_no_gpu_is_explained(capsys, monkeypatch):
+    built_with_cuda(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    lines = printed(capsys)
+    assert lines["CUDA kernels"] == "built with CUDA 13.0 for 80 90a 90+PTX"
+    assert "this torch was built without CUDA" in lines["GPU"]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "is the NVIDIA driver installed" in printed(capsys)["GPU"]
+
+
+@pytest.mark.parametrize(
+    ("archs", "major", "minor", "supported"),
+    [
+        ("80 90a", 8, 0, True),
+        ("80 90a", 8, 9, True),  # machine code runs on later minor versions
+        ("86", 8, 0, False),  # and not on earlier ones
+        ("80 90a", 9, 0, True),
+        ("80 90a", 10, 0, False),
+        ("90a", 9, 1, False),  # an "a" build on its own version alone
+        ("80+PTX", 12, 0, True),
+        ("90+PTX", 8, 0, False),
+        ("80 90a 120f", 12, 0, True),
+    ],
+)
+def test_every_gpu_is_listed_with_what_runs_on_it(capsys, monkeypatch, archs, major, minor, supported):
+    device = types.SimpleNamespace(name="A GPU", major=major, minor=minor, memory_bytes=80 * 2**30)
+    built_with_cuda(monkeypatch, archs, [device])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    line = printed(capsys)["GPU 0"]
+    assert line.startswith(f"A GPU, sm_{major}{minor}, 80 GiB, ")
+    if supported:
+        assert line.endswith(", supported")
+    else:
+        assert f"not supported by this build ({archs}); set PYQUANT_CUDA_ARCHS={10 * major + minor}" in line
+
+
+def test_an_unknown_instruction_set_is_refused():
+    chosen = _C.cpu_isa()
+    with pytest.raises(ValueError, match="sse9"):
+        _C.set_cpu_isa("sse9")
+    assert _C.cpu_isa() == chosen
+
+
+@pytest.mark.gpu
+def test_the_gpu_is_printed(capsys):
+    line = printed(capsys)["GPU 0"]
+    assert line.startswith(torch.cuda.get_device_name(0))
+    assert line.endswith(", supported")
