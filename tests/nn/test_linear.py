@@ -302,6 +302,17 @@ def test_moving_between_devices_keeps_the_bytes():
     assert torch.equal(source(x), expected)
 
 
+@pytest.mark.gpu
+def test_a_moved_parameter_leaves_the_original_where_it_was():
+    weight = layer().weight
+    weight.module = None
+    moved = weight.to("cuda")
+    assert moved.quant_state.absmax.is_cuda
+    assert moved.quant_state.state2.absmax.is_cuda
+    for tensor in (weight, weight.absmax, weight.offset, weight.nested_absmax, weight.nested_quant_map):
+        assert tensor.device.type == "cpu"
+
+
 def test_statistics_are_attributes_of_the_parameter():
     weight = layer().weight
     state = weight.quant_state
