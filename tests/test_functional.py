@@ -238,3 +238,11 @@ def test_bad_arguments_get_a_sentence():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_packed_entries_share_no_storage_with_the_codebooks():
+    # Layers may share their codebooks, and safetensors refuses tensors that share storage.
+    state, _ = states(True)
+    entries = state.as_dict(packed=True)
+    assert entries["quant_map"].data_ptr() != state.code.data_ptr()
+    assert entries["nested_quant_map"].data_ptr() != state.state2.code.data_ptr()

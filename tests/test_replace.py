@@ -352,7 +352,6 @@ def test_bitsandbytes_layers_are_taken_over_with_their_storage(nested):
     assert [m.compute_dtype for m in model] == [torch.bfloat16, torch.float32, torch.bfloat16, None]
     assert list(model[0].state_dict()) == list(entries)
     assert all(torch.equal(a, b) for a, b in zip(model[0].state_dict().values(), entries.values(), strict=True))
-    # bitsandbytes' layers share their codebooks, and safetensors refuses tensors that share storage.
     safetensors.torch.save(model.state_dict())
     packed, state = pyquant.functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=nested)
     assert torch.equal(model[2].weight.data, packed)
