@@ -140,24 +140,39 @@ void pack_weight_by_rows(const QuantizedMatrix& weight, int64_t column, int64_t 
   }
 }
 
+// With few rows there are registers for several sums of each output: additions wait less for one another, and shorter
+// sums lose less, which a product of one row needs to stay as exact as a plain dot product.
 template <int kRows>
 void multiply_tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_stride, bool accumulate) {
-  Vec sum[kRows][2];
-  for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = Vec::zero();
-  for (int64_t d = 0; d < depth; ++d, b += kTileColumns) {
-    const Vec b0 = Vec::load(b), b1 = Vec::load(b + Vec::kLanes);
+  constexpr int kSums = kRows * 4 <= kTileRows + 2 ? 4 : kRows * 2 <= kTileRows ? 2 : 1;
+  Vec sum[kSums][kRows][2];
+  for (auto& each : sum) {
+    for (int i = 0; i < kRows; ++i) each[i][0] = each[i][1] = Vec::zero();
+  }
+  const auto add_depth = [&](int64_t d, Vec(&to)[kRows][2]) {
+    const Vec b0 = Vec::load(b + d * kTileColumns), b1 = Vec::load(b + d * kTileColumns + Vec::kLanes);
     for (int i = 0; i < kRows; ++i) {
       const Vec value = Vec::broadcast(a[i * kDepth + d]);
-      sum[i][0].multiply_add(value, b0);
-      sum[i][1].multiply_add(value, b1);
+      to[i][0].multiply_add(value, b0);
+      to[i][1].multiply_add(value, b1);
     }
+  };
+  int64_t d = 0;
+  for (; d + kSums <= depth; d += kSums) {
+    for (int part = 0; part < kSums; ++part) add_depth(d + part, sum[part]);
   }
+  for (; d < depth; ++d) add_depth(d, sum[0]);
   const Vec one = Vec::broadcast(1.0f);
   for (int i = 0; i < kRows; ++i) {
     for (int half = 0; half < 2; ++half) {
+      for (int step = kSums / 2; step > 0; step /= 2) {
+        for (int part = 0; part < step; ++part) {
+          sum[part][i][half].multiply_add(sum[part + step][i][half], one);
+        }
+      }
       float* to = c + i * c_stride + half * Vec::kLanes;
-      if (accumulate) sum[i][half].multiply_add(Vec::load(to), one);
-      sum[i][half].store(to);
+      if (accumulate) sum[0][i][half].multiply_add(Vec::load(to), one);
+      sum[0][i][half].store(to);
     }
   }
 }

@@ -13,9 +13,10 @@ namespace {
 enum Slot { kSlotX, kSlotLeft, kSlotY };
 
 // Above this many rows packing panels pays: early where the products then cost next to nothing, late where a weight's
-// rows are slow to pack.
+// rows are slow to pack. In float32 the limit is accuracy's: dense products of up to 16 rows keep many partial sums, as
+// this way does, and a panel's one sum for each output would not stay within the error bound.
 int64_t row_limit(DType dtype, bool aligned) {
-  if (!aligned) return 2 * kMaxFewRows;
+  if (!aligned || dtype == DType::kFloat32) return 2 * kMaxFewRows;
   return dtype == DType::kBFloat16 && isa() >= Isa::kAmx ? 6 : kMaxFewRows;
 }
 

@@ -101,7 +101,7 @@ void dot_rows(const FewRows& problem, int64_t row) {
   const float* values = values_of(weight.type);
   const int64_t k = weight.k;
   // A power of two that divides the rows and the blocks: no absmax changes inside it.
-  const int64_t run = smaller(weight.blocksize, k & -k);
+  const int64_t run = smaller(smaller(weight.blocksize, k & -k), 128);
   Vec sum[kRows][kM];
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kM; ++i) sum[r][i] = Vec::zero();
@@ -112,6 +112,10 @@ void dot_rows(const FewRows& problem, int64_t row) {
       const int64_t element = (row + r) * k + start;
       const Table<float> table(values, block_absmax(weight, block_of(weight, element)));
       const uint8_t* bytes = weight.packed + element / 2;
+      // Eight lanes leave long sums, so there each run has its own, which is then added to the row's.
+      constexpr bool kSeparate = Vec::kLanes < 16;
+      Vec run_sum[kM];
+      for (Vec& each : run_sum) each = Vec::zero();
       for (int64_t group = 0; group < run; group += 32) {
         __builtin_prefetch(bytes + group / 2 + kPrefetch);
         Vec decoded[kGroupVecs];
@@ -119,9 +123,13 @@ void dot_rows(const FewRows& problem, int64_t row) {
         for (int i = 0; i < kM; ++i) {
           const float* x = problem.x + i * k + start + group;
           for (int part = 0; part < kGroupVecs; ++part) {
-            sum[r][i].multiply_add(decoded[part], Vec::load(x + part * Vec::kLanes));
+            Vec& to = kSeparate ? run_sum[i] : sum[r][i];
+            to.multiply_add(decoded[part], Vec::load(x + part * Vec::kLanes));
           }
         }
+      }
+      if constexpr (kSeparate) {
+        for (int i = 0; i < kM; ++i) sum[r][i].multiply_add(run_sum[i], Vec::broadcast(1.0f));
       }
     }
   }
