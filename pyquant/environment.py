@@ -2,12 +2,13 @@
 
 import importlib.metadata
 import platform
+from pathlib import Path
 
 import torch
 
 from pyquant import _C
 
-__all__ = ["explain_plan", "show_config"]
+__all__ = ["describe", "explain_plan", "show_config"]
 
 
 def show_config() -> None:
@@ -15,8 +16,13 @@ def show_config() -> None:
 
     Where something is missing, the line says what it is and how to get it.
     """
-    for name, text in _lines():
+    for name, text in describe().items():
         print(f"{name + ':':<14} {text}")
+
+
+def describe() -> dict[str, str]:
+    """What `show_config` prints: each line's name and text."""
+    return dict(_lines())
 
 
 def explain_plan(
@@ -62,6 +68,7 @@ def explain_plan(
 def _lines():
     yield "pyquant", _C.version()
     yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "CPU", _cpu_name()
     yield "torch", torch.__version__
     for package in ("transformers", "peft", "trl", "bitsandbytes"):
         try:
@@ -82,6 +89,16 @@ def _lines():
     for index, device in enumerate(_C.cuda_devices()):
         memory = f"{device.memory_bytes / 2**30:.0f} GiB"
         yield f"GPU {index}", f"{device.name}, sm_{device.major}{device.minor}, {memory}, {_gpu_support(device)}"
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def _why_no_gpu() -> str:

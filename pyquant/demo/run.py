@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from ..environment import describe
 from ..training.config import Config, parse_config
 from ..training.data import load_rows, render_prompt
 from ..training.errors import ConfigError, require
@@ -110,6 +111,7 @@ def demo(output: Path, sizes: Sizes, assets: Path | None = None, console: Consol
         "device": run.metrics["device"],
         "precision": run.metrics["precision"],
         "threads": torch.get_num_threads(),
+        "environment": describe(),
     }
     (output / "demo.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     console.print(_table(metrics))
