@@ -14,11 +14,8 @@ bound, 1.25 times the error of the dense product in the same dtype.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +26,7 @@ import bitsandbytes
 import torch
 
 import pyquant
-from pyquant import _C
+from benchmarks.provenance import provenance
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ERROR_BOUND = 1.25
@@ -168,36 +165,10 @@ def measure_linear(weight: torch.Tensor, options: dict, rows: list[int], repeats
     return table
 
 
-def provenance(arguments: argparse.Namespace) -> dict:
-    """What the numbers hold for."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    return {
-        "cpu": cpu,
-        "isa": _C.cpu_isa(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pyquant": pyquant.__version__,
-        "bitsandbytes": bitsandbytes.__version__,
-        "commit": commit.stdout.strip() or None,
-        "command": "python -m benchmarks.cpu " + " ".join(sys.argv[1:]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "arguments": {name: value for name, value in vars(arguments).items() if name != "output"},
-    }
-
-
 def show(table: list[Row], source: dict) -> None:
-    print(f"{source['cpu']}, {source['isa']}, {source['threads']} threads; pyquant {source['pyquant']} at")
-    print(f"{source['commit']}, bitsandbytes {source['bitsandbytes']}, torch {source['torch']}; milliseconds a call\n")
+    machine = source["environment"]
+    print(f"{machine['CPU']}, {machine['CPU kernels']}; pyquant at {source['commit']}, torch {machine['torch']},")
+    print(f"bitsandbytes {machine['bitsandbytes']}; milliseconds a call\n")
     print(
         f"{'operation':<18} {'dtype':<9} {'pyquant':>8} {'bnb':>8} {'ratio':>7} {'goal':>6} "
         f"{'repacked':>9} {'dense':>8}  error"
@@ -240,7 +211,7 @@ def main() -> int:
         weight = (torch.randn(*arguments.shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(DTYPES[name])
         table += measure_quantization(weight, options, arguments.repeats)
         table += measure_linear(weight, options, arguments.rows, arguments.repeats)
-    source = provenance(arguments)
+    source = provenance("cpu", arguments)
     show(table, source)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
