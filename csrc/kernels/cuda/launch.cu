@@ -1,10 +1,10 @@
-#include "kernels/cuda/launch.h"
-
 #include <limits>
 #include <mutex>
 #include <set>
 #include <stdexcept>
 #include <utility>
+
+#include "kernels/cuda/launch.h"
 
 namespace pyquant::cuda {
 namespace {
