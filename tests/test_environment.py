@@ -104,3 +104,28 @@ def test_the_gpu_is_printed(capsys):
     line = printed(capsys)["GPU 0"]
     assert line.startswith(torch.cuda.get_device_name(0))
     assert line.endswith(", supported")
+
+
+@pytest.mark.parametrize(("rows", "kernel"), [(1, "few_rows"), (16, "few_rows"), (17, "mma"), (4096, "mma")])
+def test_explain_plan_names_the_kernel_and_its_tiles(rows, kernel):
+    plan = pyquant.explain_plan(rows, 4096, 4096, rank=16, arch=90, sm_count=132)
+    assert plan.startswith(f"linear_4bit m={rows} n=4096 k=4096 rank=16 blocksize=64 bfloat16 sm_90: {kernel} tile ")
+
+
+def test_explain_plan_of_gradients_and_of_float32():
+    plan = pyquant.explain_plan(8, 64, 96, torch.float32, direction="dx", arch=80, sm_count=108)
+    assert "linear_4bit_dx m=8" in plan
+    assert "float32 sm_80: simt tile" in plan
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"direction": "sideways"}, "direction must be 'forward' or 'dx', got 'sideways'"),
+        ({"dtype": torch.int8}, "dtype must be float32, float16 or bfloat16, got 'int8'"),
+        ({"rank": -1}, "m and rank must be >= 0, n and k >= 1"),
+    ],
+)
+def test_explain_plan_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pyquant.explain_plan(1, 64, 64, **arguments)

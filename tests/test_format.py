@@ -6,9 +6,9 @@ import bitsandbytes.functional as bnb
 import pytest
 import reference
 import torch
-from shapes import BLOCKSIZES
 
 import pyquant.functional as F
+from pyquant.bench.shapes import BLOCKSIZES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16", "bfloat16"])

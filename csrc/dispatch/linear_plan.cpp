@@ -15,6 +15,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const char* name_of(LinearKernel kernel) {
   switch (kernel) {
+    case LinearKernel::kFewRows:
+      return "few_rows";
     case LinearKernel::kSmallM:
       return "small_m";
     case LinearKernel::kMma:
@@ -41,14 +43,37 @@ bool small_m_legal(const LinearProblem& p) {
 LinearPlan small_m_plan(const LinearProblem& p, int split) {
   const int rows = p.m > 2 ? 2 : 4;  // of W, a warp
   LinearPlan plan{LinearKernel::kSmallM, static_cast<int>(p.m), rows * 8 / split, 1024 * split, split, 0.0};
-  // Decoding costs about 3 instructions a weight, every row of x about one more.
+  // Decoding costs about 9 instructions a weight, every row of x about two more (measured on an H100).
   const double blocks = static_cast<double>(ceil_div(p.n, plan.tile_n));
   const double waves = std::max(1.0, blocks / (2.0 * p.sm_count));
   const double steps = static_cast<double>(ceil_div(p.k, plan.tile_k));
-  const double issue = waves * steps * plan.tile_n * plan.tile_k * (3.5 + p.m) / 64.0 / kClock;
+  const double issue = waves * steps * plan.tile_n * plan.tile_k * (9.5 + 2.0 * p.m) / 64.0 / kClock;
   // A warp waits for memory about once a step; other blocks hide it, as far as there are any.
-  const double latency = steps * 0.4 * std::min(1.0, waves);
+  const double latency = steps * 0.8 * std::min(1.0, waves);
   plan.microseconds = kLaunch + latency + std::max(issue, weight_bytes(p) / kBytesPerMicrosecond);
+  return plan;
+}
+
+bool few_rows_legal(const LinearProblem& p) {
+  return p.direction == LinearDirection::kForward && p.dtype != DType::kFloat32 && p.m <= 16 && p.k % 64 == 0 &&
+         p.k < (1 << 24) && p.blocksize >= 64 && p.aligned && p.arch >= 80;
+}
+
+// The kernel is bound by the shared-memory and L1 pipeline: accesses, in cycles of an SM, of one warp's step of 64
+// along k, for each tile of 16 rows of W (the look-ups, the packed bytes, absmax) and for the values of x that they
+// share.
+constexpr double kFewRowsTile = 68.0;
+constexpr double kFewRowsValues8 = 8.0;
+constexpr double kFewRowsValues16 = 32.0;
+
+LinearPlan few_rows_plan(const LinearProblem& p, int tile) {
+  LinearPlan plan{LinearKernel::kFewRows, p.m <= 8 ? 8 : 16, tile, 64, 1, 0.0};
+  const double resident = static_cast<double>(ceil_div(p.n, tile)) / p.sm_count;
+  const double step = tile / 16 * kFewRowsTile + (p.m <= 8 ? kFewRowsValues8 : kFewRowsValues16);
+  // With fewer than two blocks on an SM, latency shows.
+  const double exposed = 1.0 + 0.25 * std::max(0.0, 2.0 - resident);
+  const double cycles = std::max(resident, 1.0) * static_cast<double>(ceil_div(p.k, 64)) * step * exposed;
+  plan.microseconds = kLaunch + std::max(cycles / kClock, weight_bytes(p) / kBytesPerMicrosecond);
   return plan;
 }
 
@@ -87,6 +112,9 @@ std::vector<LinearPlan> candidates(const LinearProblem& p) {
       if (split == 4 && p.m > 4) continue;
       plans.push_back(small_m_plan(p, split));
     }
+  }
+  if (few_rows_legal(p)) {
+    for (int tile : {16, 32}) plans.push_back(few_rows_plan(p, tile));
   }
   if (p.dtype != DType::kFloat32 && p.arch >= 80) {
     for (int tile : {128, 64}) {

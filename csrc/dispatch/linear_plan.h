@@ -29,9 +29,10 @@ struct LinearProblem {
 };
 
 enum class LinearKernel : int {
-  kSmallM,  // 16-bit, few rows of x, bandwidth-bound: rows of W to warps, fp32 arithmetic
-  kMma,     // 16-bit, tensor cores through mma.sync
-  kSimt,    // any type and shape, fp32 arithmetic
+  kFewRows,  // 16-bit, few rows of x, bandwidth-bound: tensor cores fed from a table of byte values
+  kSmallM,   // 16-bit, few rows of x, bandwidth-bound: rows of W to warps, fp32 arithmetic
+  kMma,      // 16-bit, tensor cores through mma.sync
+  kSimt,     // any type and shape, fp32 arithmetic
 };
 
 struct LinearPlan {
@@ -44,7 +45,7 @@ struct LinearPlan {
   int64_t workspace(const LinearProblem& problem) const;
 };
 
-// The best legal plan. PYQUANT_KERNEL=small_m, mma or simt forces a kernel wherever it is legal, for tests.
+// The best legal plan. PYQUANT_KERNEL=few_rows, small_m, mma or simt forces a kernel wherever it is legal, for tests.
 LinearPlan plan_linear(const LinearProblem& problem);
 
 // With PYQUANT_LOG=plan, prints each distinct choice once to stderr.

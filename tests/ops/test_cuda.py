@@ -5,9 +5,9 @@ import reference
 import torch
 from ops.test_linear import quantized
 from ops.test_lora import adapter, check_lora, seed_tensor
-from shapes import MISTRAL_7B
 
 import pyquant.functional as F
+from pyquant.bench.shapes import MISTRAL_7B
 
 pytestmark = pytest.mark.gpu
 ops = torch.ops.pyquant
@@ -144,3 +144,28 @@ def test_more_than_2_to_the_31_elements():
     truth = x.double() @ F.dequantize_4bit(*last).double()
     assert not y[0, :-1].any()
     assert abs(y[0, -1].double() - truth[0]) < 0.02 * truth.abs()[0] + 0.05
+
+
+# The variable forces a kernel wherever it is legal; the other shapes fall to another one.
+@pytest.mark.parametrize("kernel", ["few_rows", "small_m", "mma", "simt"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("n", "k", "blocksize", "nested", "quant_type"),
+    [
+        (16, 64, 64, True, "nf4"),
+        (129, 576, 64, True, "nf4"),
+        (33, 320, 128, True, "fp4"),
+        (1024, 4096, 64, False, "nf4"),
+        (100, 192, 4096, True, "nf4"),
+        (64, 96, 32, True, "nf4"),
+        (96, 2048, 64, True, "fp4"),
+    ],
+)
+def test_every_kernel_meets_the_bound(monkeypatch, kernel, dtype, n, k, blocksize, nested, quant_type):
+    monkeypatch.setenv("PYQUANT_KERNEL", kernel)
+    weight, exact = quantized(n, k, quant_type=quant_type, blocksize=blocksize, nested=nested, device="cuda")
+    for rows in (1, 2, 7, 8, 9, 16, 17, 70):
+        x, dy, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, k), (rows, n), (n,)))
+        check_lora(x, dy, bias, weight, exact, *adapter(n, k, 16, dtype), p=0.1, seed=rows, device="cuda")
+        y = ops.linear_4bit(x.cuda(), *weight, bias.cuda())
+        assert torch.equal(y, ops.linear_4bit(x.cuda(), *weight, bias.cuda()))

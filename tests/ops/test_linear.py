@@ -3,9 +3,9 @@
 import pytest
 import reference
 import torch
-from shapes import ODD_ROWS, ODD_WEIGHTS
 
 import pyquant.functional as F
+from pyquant.bench.shapes import ODD_ROWS, ODD_WEIGHTS
 
 ops = torch.ops.pyquant
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -4,7 +4,8 @@ import pytest
 import reference
 import torch
 from ops.test_linear import each_dtype, each_type, nested_or_not, quantized
-from shapes import LORA_RANKS, ODD_ROWS, ODD_WEIGHTS
+
+from pyquant.bench.shapes import LORA_RANKS, ODD_ROWS, ODD_WEIGHTS
 
 ops = torch.ops.pyquant
 SCALING = 1.75

@@ -12,7 +12,18 @@ namespace {
 LinearProblem problem_of(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank,
                          bool aligned) {
   const Device& device = current_device();
-  return {direction, m, weight.n, weight.k, dtype, rank, weight.blocksize, device.arch, device.sm_count, aligned};
+  LinearProblem problem{};
+  problem.direction = direction;
+  problem.m = m;
+  problem.n = weight.n;
+  problem.k = weight.k;
+  problem.dtype = dtype;
+  problem.rank = rank;
+  problem.blocksize = weight.blocksize;
+  problem.arch = device.arch;
+  problem.sm_count = device.sm_count;
+  problem.aligned = aligned;
+  return problem;
 }
 
 // The caller allocates before all pointers are known, so for the larger of the two plans that alignment decides
@@ -36,6 +47,8 @@ void run(LinearDirection direction, const LinearArguments& arguments, cudaStream
   const LinearPlan plan = plan_linear(problem);
   log_plan(problem, plan);
   switch (plan.kernel) {
+    case LinearKernel::kFewRows:
+      return linear_few_rows(arguments, plan, stream);
     case LinearKernel::kSmallM:
       return linear_small_m(arguments, plan, stream);
     case LinearKernel::kMma:
