@@ -1,6 +1,6 @@
 # make demo    the main job: fine-tune a 135M Mistral in 4 bits and show what it learned
 # make test    lint, then every test that this machine can run
-# make bench   the CPU kernels against bitsandbytes
+# make bench   the kernels against bitsandbytes: the GPU's where there is one, else the CPU's
 #
 # Each makes the virtual environment first if it is missing, and builds again when the C++ sources have changed.
 PYTHON ?= python3
@@ -39,7 +39,7 @@ format: env
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: env
-	$(BIN)/python -m benchmarks.cpu $(ARGS)
+	$(BIN)/pyquant bench kernels $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

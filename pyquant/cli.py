@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .bench.cli import app as bench_app
 from .training.config import describe_keys
 from .training.errors import ConfigError, DataError, UserError
 
@@ -299,6 +300,8 @@ def demo(
         return
     run(output, sizes, assets, _console)
 
+
+app.add_typer(bench_app, name="bench")
 
 _console = Console()
 

@@ -26,7 +26,7 @@ import bitsandbytes
 import torch
 
 import pyquant
-from benchmarks.provenance import provenance
+from pyquant.bench.provenance import provenance
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ERROR_BOUND = 1.25
@@ -183,7 +183,7 @@ def show(table: list[Row], source: dict) -> None:
         )
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"), help="of the weight")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
@@ -194,11 +194,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers and their provenance")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(argv: list[str] | None = None) -> int:
+    """Runs with `argv`, or with the command line's arguments; returns the exit status."""
+    arguments = parse_arguments(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     options = {
@@ -211,7 +212,7 @@ def main() -> int:
         weight = (torch.randn(*arguments.shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(DTYPES[name])
         table += measure_quantization(weight, options, arguments.repeats)
         table += measure_linear(weight, options, arguments.rows, arguments.repeats)
-    source = provenance("cpu", arguments)
+    source = provenance({name: value for name, value in vars(arguments).items() if name != "output"})
     show(table, source)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

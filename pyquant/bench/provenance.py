@@ -1,24 +1,83 @@
 """What a results file says about itself: the machine, the versions, the commit and the command."""
 
-import argparse
 import datetime
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 from pyquant.environment import describe
 
 __all__ = ["provenance"]
 
 
-def provenance(module: str, arguments: argparse.Namespace) -> dict:
-    """The provenance of what ``python -m benchmarks.<module>`` measures now, with `arguments`."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+def provenance(arguments: dict) -> dict:
+    """The provenance of what the running command measures with `arguments`.
+
+    ``commit`` is that of the checkout which this file is in, or ``PYQUANT_COMMIT`` of the environment where there is
+    none; None where neither is known.
+    """
     return {
         "environment": describe(),
-        "commit": commit.stdout.strip() or None,
-        "command": f"python -m benchmarks.{module} " + " ".join(sys.argv[1:]),
+        "gpu": _gpu(),
+        "commit": _commit(),
+        "command": _command(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "arguments": {name: value for name, value in vars(arguments).items() if name != "output"},
+        "arguments": arguments,
     }
+
+
+def _run(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _commit() -> str | None:
+    # An installed package may lie in a virtual environment inside some other project's checkout.
+    top = _run("git", "rev-parse", "--show-toplevel")
+    if top and Path(top).resolve() == Path(__file__).resolve().parents[2]:
+        commit = _run("git", "describe", "--always", "--dirty")
+        if commit:
+            return commit
+    return os.environ.get("PYQUANT_COMMIT") or None
+
+
+def _command() -> str:
+    program = Path(sys.argv[0])
+    start = ["python", "-m", f"benchmarks.{program.stem}"] if program.parent.name == "benchmarks" else [program.name]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+def _gpu() -> dict[str, str] | None:
+    """The current GPU's name, driver, clocks and power limit; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    result = {
+        "name": properties.name,
+        "CUDA runtime of torch": torch.version.cuda,
+        "multiprocessors": str(properties.multi_processor_count),
+        "L2 cache": f"{properties.L2_cache_size / 2**20:.0f} MiB",
+    }
+    queries = {
+        "driver": "driver_version",
+        "SM clock": "clocks.sm",
+        "highest SM clock": "clocks.max.sm",
+        "memory clock": "clocks.mem",
+        "power limit": "power.limit",
+    }
+    answer = _run(
+        "nvidia-smi",
+        f"--id=GPU-{properties.uuid}",
+        f"--query-gpu={','.join(queries.values())}",
+        "--format=csv,noheader",
+    )
+    if answer:
+        result |= dict(zip(queries, (value.strip() for value in answer.splitlines()[0].split(",")), strict=False))
+    return result
