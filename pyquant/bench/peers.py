@@ -109,10 +109,6 @@ class Peer(abc.ABC):
         """The packed bytes and their state, of a dense weight ``[n, k]``."""
         raise NotImplementedError
 
-    def quantize_in_graph(self, dense: torch.Tensor):
-        """The launches of `quantize`, in a form that a CUDA graph can capture."""
-        return self.quantize(dense)
-
     def dequantize(self, weight) -> torch.Tensor:
         raise NotImplementedError
 
@@ -197,6 +193,8 @@ class Bitsandbytes(_BitsandbytesFormat):
     name = "bitsandbytes"
     package = "bitsandbytes"
     operations = PyQuant.operations
+    # Its quantization kernels ignore the current stream, so a capture would miss them and time the rest alone.
+    eager_only = frozenset({"quantize"})
 
     def __init__(self, setting):
         super().__init__(setting)
@@ -209,14 +207,6 @@ class Bitsandbytes(_BitsandbytesFormat):
 
     def quantize(self, dense):
         return self.bnb.functional.quantize_4bit(dense, **self._options)
-
-    def quantize_in_graph(self, dense):
-        # The functional copies a codebook from the host, which a capture forbids; these are its kernels.
-        ops, setting = torch.ops.bitsandbytes, self.setting
-        packed, absmax = ops.quantize_4bit.default(dense, setting.blocksize, setting.quant_type, torch.uint8)
-        offset = absmax.mean()
-        codes, nested = self.bnb.functional.quantize_blockwise(absmax - offset, blocksize=256)
-        return packed, codes, nested.absmax, offset
 
     def dequantize(self, weight):
         return self.bnb.functional.dequantize_4bit(*weight)
