@@ -66,7 +66,7 @@ def test_every_operation_of_every_peer_is_checked_and_timed(dtype):
         if row.m:
             assert row.error <= peers.PyQuant.error_bound or row.peer != "pyquant"
             assert row.tflops == pytest.approx(row.flops / row.us / 1e6)
-        if row.peer == "pyquant":
+        if row.peer == "pyquant" and (row.operation, row.timing) != ("quantize", "graph"):
             assert row.vs_bitsandbytes > 0
     linear = next(row for row in table if (row.operation, row.m, row.peer) == ("linear", 64, "cublas"))
     assert linear.nbytes == (128 * 192 + 64 * (128 + 192)) * dtype.itemsize
