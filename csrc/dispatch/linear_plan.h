@@ -31,6 +31,7 @@ struct LinearProblem {
 enum class LinearKernel : int {
   kFewRows,  // 16-bit, few rows of x, bandwidth-bound: tensor cores fed from a table of byte values
   kSmallM,   // 16-bit, few rows of x, bandwidth-bound: rows of W to warps, fp32 arithmetic
+  kWgmma,    // 16-bit, Hopper's tensor cores
   kMma,      // 16-bit, tensor cores through mma.sync
   kSimt,     // any type and shape, fp32 arithmetic
 };
@@ -40,6 +41,7 @@ struct LinearPlan {
   int tile_m, tile_n, tile_k;  // of the output, and of one step along the reduction
   int split;  // kMma: blocks that share an output tile, each with a part of the reduction; kSmallM: warps likewise
   double microseconds;  // the cost model's estimate, by which candidates are ranked
+  bool share = false;   // kWgmma: pairs of blocks share the activations that they copy
 
   // Bytes for the partial sums of a split reduction.
   int64_t workspace(const LinearProblem& problem) const;

@@ -23,6 +23,8 @@ struct LinearArguments {
 
 void linear_few_rows(const LinearArguments& arguments, const LinearPlan& plan, cudaStream_t stream);
 void linear_small_m(const LinearArguments& arguments, const LinearPlan& plan, cudaStream_t stream);
+void linear_wgmma(const LinearArguments& arguments, LinearDirection direction, const LinearPlan& plan,
+                  cudaStream_t stream);
 void linear_mma(const LinearArguments& arguments, LinearDirection direction, const LinearPlan& plan,
                 cudaStream_t stream);
 void linear_simt(const LinearArguments& arguments, LinearDirection direction, cudaStream_t stream);

@@ -1,0 +1,55 @@
+// Tiles through the tensor memory accelerator (sm_90 and later), and barriers of other blocks of a cluster.
+#pragma once
+
+#include <cstdint>
+
+#include "ptx/barrier.h"
+
+namespace pyquant::ptx {
+
+// Copies the box of a two-dimensional tensor map that begins at (row, column) to `destination`, zeros where it leaves
+// the tensor, and completes on `barrier`.
+__device__ inline void copy_tile(uint32_t destination, const void* tensor_map, int column, int row, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          destination),
+      "l"(tensor_map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// The same, to this place and this barrier of every block of the cluster whose bit is set in `ranks`.
+__device__ inline void copy_tile_to_ranks(uint32_t destination, const void* tensor_map, int column, int row,
+                                          uint32_t barrier, uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(destination),
+      "l"(tensor_map), "r"(column), "r"(row), "r"(barrier), "h"(ranks)
+      : "memory");
+}
+
+__device__ inline void prefetch_tensor_map(const void* tensor_map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(tensor_map) : "memory");
+}
+
+// Where block `rank` of the cluster has what this block has at `address`.
+__device__ inline uint32_t address_in_rank(uint32_t address, uint32_t rank) {
+  uint32_t result;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
+  return result;
+}
+
+// `barrier` is an address_in_rank.
+__device__ inline void arrive_in_rank(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ inline float4 load_from_rank(uint32_t address) {
+  float4 value;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+}  // namespace pyquant::ptx
