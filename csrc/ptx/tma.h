@@ -27,6 +27,27 @@ __device__ inline void copy_tile_to_ranks(uint32_t destination, const void* tens
       : "memory");
 }
 
+// The other way: a box in shared memory, written by threads that then called fence_async_proxy, to the tensor, but for
+// what leaves it. Completes with the calling thread's groups of stores.
+__device__ inline void store_tile(const void* tensor_map, int column, int row, uint32_t source) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+      "cp.async.bulk.commit_group;" ::"l"(tensor_map),
+      "r"(column), "r"(row), "r"(source)
+      : "memory");
+}
+
+__device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Waits until all but kPending of the thread's stores have read their source.
+template <int kPending>
+__device__ inline void wait_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// Waits until the thread's stores are complete.
+__device__ inline void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 __device__ inline void prefetch_tensor_map(const void* tensor_map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(tensor_map) : "memory");
 }
@@ -38,9 +59,10 @@ __device__ inline uint32_t address_in_rank(uint32_t address, uint32_t rank) {
   return result;
 }
 
-// `barrier` is an address_in_rank.
+// `barrier` is an address_in_rank. Without a fence of the cluster's memory: meant for arrivals that say "read", not
+// "written".
 __device__ inline void arrive_in_rank(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ inline float4 load_from_rank(uint32_t address) {

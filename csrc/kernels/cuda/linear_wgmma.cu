@@ -31,44 +31,39 @@ constexpr int kThreads = kConsumers + 128;
 constexpr int kScaleWarps = 2;
 constexpr int kPackedBytes = kTileW * kStep / 2;  // of W, a step
 constexpr int kScaleBytes = 2048;                 // decoded absmax, a step
-constexpr int kPartBytes = 64 * kStep * 2;        // of a low-rank factor, a warpgroup
 constexpr int kGroup = 8;                         // tiles of tokens that run side by side
 
-// Shared memory by address. The table of decoded pairs begins at a multiple of 64 KB: there, byte 1 of an address is
-// the packed byte and byte 0 the lane's bank, so that one byte permutation makes the address of a look-up. Entries are
-// 128 bytes (a copy for every lane) at a distance of 256; the gaps serve the epilogue.
+// Shared memory by address. Decoded pairs: entry b of the table, 128 bytes, holds the weights of byte b once for every
+// lane, so that no look-up has a bank conflict. Activations, and packed weights behind them, lie in kSlots.
 constexpr int kBase = 1024;  // the driver keeps the first KB
-constexpr int kTable = 0x10000;
-constexpr int kHigh = 0x20000;
-constexpr int kBarriers = kHigh + 96 * 1024;
-constexpr int kSharedBytes = kBarriers + 512 - kBase;
+constexpr int kBarriers = kBase;
+constexpr int kNested = kBarriers + 512;
+constexpr int kScales = kNested + 1024;
+constexpr int kTable = 0x8000;
+constexpr int kSlots = 0x10000;
+constexpr int kGather = 0x30000;  // rows of the output: of each warpgroup two buffers
+constexpr int kGatherTokens = 64;
+constexpr int kGatherBytes = kGatherTokens * 128;
+constexpr int kSharedBytes = kGather + 4 * kGatherBytes - kBase;
 
 template <int kTokens>
 struct Layout {
-  static constexpr int kSlot = kTokens * kStep * 2 < kPartBytes ? kPartBytes : kTokens * kStep * 2;
-  static constexpr int kSlotsHigh = 96 * 1024 / kSlot;
   static constexpr int kStages = kTokens == 256 ? 4 : kTokens == 128 ? 6 : 10;
-  static constexpr int kSlotsLow = kStages > kSlotsHigh ? kStages - kSlotsHigh : 0;
-  static constexpr int kPacked = kBase + kSlotsLow * kSlot;
-  static constexpr int kScales = kPacked + kStages * kPackedBytes;
-  static constexpr int kNested = kScales + kStages * kScaleBytes;
-  static_assert(kNested + 1024 <= kTable);
+  static constexpr int kSlot = kTokens * kStep * 2;
+  static constexpr int kPacked = kTokens == 256 ? kScales + kStages * kScaleBytes : kSlots + kStages * kSlot;
   static constexpr int kFull = kBarriers, kEmpty = kBarriers + 8 * kStages;
-  static_assert(2 * 8 * kStages <= 512);
-  // Where the parts of a split reduction are exchanged, and then the output's rows gathered.
-  static constexpr int kExchange = kBase;
-  static constexpr int kGather = kBase + 137 * 1024;
-  static_assert(kExchange + kTokens * 512 <= kGather && kGather + 2 * 128 * 128 <= kBarriers);
-
-  __device__ static uint32_t slot(int stage) {
-    return stage < kSlotsHigh ? kHigh + stage * kSlot : kBase + (stage - kSlotsHigh) * kSlot;
-  }
+  static_assert(kPacked % 512 == 0 && kScales + kStages * kScaleBytes <= kTable);
+  static_assert(kPacked + kStages * kPackedBytes <= (kTokens == 256 ? kTable : kGather));
+  // Where the parts of a split reduction are exchanged.
+  static constexpr int kExchange = kSlots;
+  static_assert(kExchange + kTokens * 512 <= kGather);
 };
 
 struct Parameters {
-  CUtensorMap input, packed, left, factor;
+  CUtensorMap input, packed, left, output_map;
   Weight weight;
   float table_scale;  // the codebook's, before it is rounded to 16 bits
+  const void* factor;
   const void* bias;
   Dropout dropout;
   void* output;
@@ -92,6 +87,7 @@ struct Ring {
 
 __device__ inline void wait_phase(uint32_t barrier, uint32_t parity) {
 #ifdef PYQUANT_BOUNDED_WAITS
+#pragma unroll 1
   for (int i = 0; i < 100000; ++i) {
     uint32_t done;
     asm volatile(
@@ -151,8 +147,15 @@ __device__ inline void store_2(uint32_t address, uint16_t v) {
   asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
 }
 
-__device__ inline void sync_threads(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+template <int kBarrier>
+__device__ inline void sync_threads(int threads) {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
+}
+
+// A value that the compiler keeps in a register and does not compute again.
+__device__ inline uint32_t kept(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 // Two weights times absmax, given as the sum of two 16-bit numbers: rounded once, but for an error far below.
@@ -184,10 +187,10 @@ __device__ inline Tile tile_of(const Parameters& p, int unit, int rank, int toke
   return {tile_m * tokens, (p.share ? 2 * tile_w + rank : tile_w) * kTileW};
 }
 
-// The words of absmax (or of its codes) of one row, one after the other, the next one always on its way.
+// The words of absmax (or of its codes) of one row, one after the other, the next two always on their way.
 struct AbsmaxStream {
-  uint32_t word, next_word;
-  float nested, next_nested;
+  uint32_t word[3];
+  float nested[3];
   uint32_t index;
 };
 
@@ -242,13 +245,16 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
   const int first_step = static_cast<int>(int64_t{p.steps} * part / p.split);
   const int steps = static_cast<int>(int64_t{p.steps} * (part + 1) / p.split) - first_step;
   const int lora_steps = part == 0 ? p.lora_steps : 0;
+  // The order of the slots of a tile. One low-rank step comes second, so that the first step of W can be decoded behind
+  // the tile before; but more of them between two steps of W would fill the ring.
+  const bool lora_first = lora_steps > 1;
   const int units = p.tiles_m * p.tiles_w;
   const int unit0 = blockIdx.x / cluster, unit_stride = gridDim.x / cluster;
   const auto full = [window](int stage) { return window + L::kFull + 8 * stage; };
   const auto empty = [window](int stage) { return window + L::kEmpty + 8 * stage; };
-  const auto slot_at = [window](int stage) { return window + L::slot(stage); };
+  const auto slot_at = [window](int stage) { return window + kSlots + stage * L::kSlot; };
 
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == kConsumers) {
     for (int stage = 0; stage < kStages; ++stage) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(full(stage)), "r"(1 + kScaleWarps) : "memory");
       asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty(stage)), "r"(p.share ? 16 : 8) : "memory");
@@ -257,21 +263,10 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     ptx::prefetch_tensor_map(&p.input);
     ptx::prefetch_tensor_map(&p.packed);
   }
-  if (cluster > 1) ptx::arrive_cluster();
-  // Entry b: the weights of byte b, its high nibble first. Eight threads write an entry, 16 bytes each.
-  for (int i = threadIdx.x; i < 256 * 8; i += kThreads) {
-    const int byte = i / 8;
-    const uint32_t pair = pack_pair<T>(p.weight.codebook[byte >> 4] * p.table_scale,
-                                       p.weight.codebook[byte & 15] * p.table_scale);
-    store_16(window + kTable + byte * 256 + i % 8 * 16, make_uint4(pair, pair, pair, pair));
-  }
-  if (p.weight.matrix.double_quantized()) {
-    for (int i = threadIdx.x; i < 256; i += kThreads) {
-      store_4(window + L::kNested + 4 * i, __float_as_uint(p.weight.matrix.nested_code[i]));
-    }
-  }
   __syncthreads();
-  if (cluster > 1) ptx::wait_cluster();
+  if (p.share) ptx::arrive_cluster(), ptx::wait_cluster();
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
 
   if (warp >= kConsumers / 32) {
     ptx::give_registers<56>();
@@ -281,21 +276,15 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
         const uint32_t slot_bytes = kTokens * kStep * 2;
         for (int unit = unit0; unit < units; unit += unit_stride) {
           const Tile tile = tile_of(p, unit, rank, kTokens);
-          for (int i = 0; i < lora_steps; ++i) {
-            // Three slots: the tokens' side, then the factor of either warpgroup.
-            for (int piece = 0; piece < 3; ++piece) {
+          const auto copy_lora = [&] {
+            for (int i = 0; i < lora_steps; ++i) {
               wait_phase(empty(ring.stage), ring.phase ^ 1);
-              const uint32_t slot = slot_at(ring.stage), barrier = full(ring.stage);
-              expect_bytes(barrier, piece == 0 ? slot_bytes : kPartBytes);
-              if (piece == 0) {
-                ptx::copy_tile(slot, &p.left, i * kStep, tile.token0, barrier);
-              } else {
-                const int row = tile.row0 + 64 * (piece - 1);
-                ptx::copy_tile(slot, &p.factor, kForward ? i * kStep : row, kForward ? row : i * kStep, barrier);
-              }
+              expect_bytes(full(ring.stage), slot_bytes);
+              ptx::copy_tile(slot_at(ring.stage), &p.left, i * kStep, tile.token0, full(ring.stage));
               ring.advance<kStages>();
             }
-          }
+          };
+          if (lora_first) copy_lora();
           for (int step = first_step; step < first_step + steps; ++step) {
             wait_phase(empty(ring.stage), ring.phase ^ 1);
             const uint32_t slot = slot_at(ring.stage), barrier = full(ring.stage);
@@ -313,6 +302,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
               ptx::copy_tile(packed, &p.packed, tile.row0 / 2, step * kStep, barrier);
             }
             ring.advance<kStages>();
+            if (step == first_step && !lora_first) copy_lora();
           }
         }
       }
@@ -320,6 +310,12 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     } else if (warp <= kConsumers / 32 + kScaleWarps) {
       const int id = threadIdx.x - kConsumers - 32;
       const QuantizedMatrix& matrix = p.weight.matrix;
+      if (matrix.double_quantized()) {
+        for (int i = id; i < 256; i += 32 * kScaleWarps) {
+          store_4(window + kNested + 4 * i, __float_as_uint(__ldg(matrix.nested_code + i)));
+        }
+        sync_threads<4>(32 * kScaleWarps);
+      }
       const int shift = p.weight.blocksize_log2 - 5;
       const uint32_t units_32 = static_cast<uint32_t>(matrix.k / 32);  // a row
       const AbsmaxReader reader{p.weight,
@@ -328,17 +324,21 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
                                 matrix.double_quantized(),
                                 p.vector_codes ? 2 : 0,
                                 static_cast<uint32_t>(matrix.blocks() - 1)};
+      const auto take_slot = [&] { wait_phase(empty(ring.stage), ring.phase ^ 1); };
       const auto finish_slot = [&] {
         __syncwarp();
         if (lane == 0) arrive(full(ring.stage));
         ring.advance<kStages>();
       };
-      for (int unit = unit0; unit < units; unit += unit_stride) {
-        const Tile tile = tile_of(p, unit, rank, kTokens);
-        for (int i = 0; i < 3 * lora_steps; ++i) {
-          wait_phase(empty(ring.stage), ring.phase ^ 1);
+      const auto pass_lora_slots = [&] {
+        for (int i = 0; i < lora_steps; ++i) {
+          take_slot();
           finish_slot();
         }
+      };
+      for (int unit = unit0; unit < units; unit += unit_stride) {
+        const Tile tile = tile_of(p, unit, rank, kTokens);
+        if (lora_first) pass_lora_slots();
         if constexpr (kForward) {
           // Lane: rows id and id + 64 of the tile.
           AbsmaxStream stream[2];
@@ -349,32 +349,42 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
             position[i] = row < matrix.n ? row * units_32 + 2 * first_step : 0;
             AbsmaxStream& s = stream[i];
             s.index = position[i] >> shift >> reader.codes_log2;
-            reader.fetch(s.index, s.word, s.nested);
-            reader.fetch(s.index + 1, s.next_word, s.next_nested);
+#pragma unroll
+            for (int ahead = 0; ahead < 3; ++ahead) reader.fetch(s.index + ahead, s.word[ahead], s.nested[ahead]);
           }
-          const int halves = shift == 0 ? 2 : 1;
+          const auto scale = [&](int i, int half, uint32_t& high_pair, uint32_t& low_pair) {
+            AbsmaxStream& s = stream[i];
+            const uint32_t block = (position[i] + half) >> shift;
+            const uint32_t index = block >> reader.codes_log2;
+            if (index != s.index) {
+              s.index = index;
+              s.word[0] = s.word[1], s.nested[0] = s.nested[1];
+              s.word[1] = s.word[2], s.nested[1] = s.nested[2];
+              reader.fetch(index + 2, s.word[2], s.nested[2]);
+            }
+            T high, low;
+            split_scale<T>(reader.finish(s.word[0], s.nested[0], block, window + kNested), high, low);
+            high_pair = pack_pair<T>(to_float(high), to_float(high));
+            low_pair = pack_pair<T>(to_float(low), to_float(low));
+          };
           for (int step = 0; step < steps; ++step) {
-            wait_phase(empty(ring.stage), ring.phase ^ 1);
-            const uint32_t scales = window + L::kScales + ring.stage * kScaleBytes;
-            for (int half = 0; half < halves; ++half) {
+            uint32_t high[2], low[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) scale(i, 0, high[i], low[i]);
+            take_slot();
+            const uint32_t scales = window + kScales + ring.stage * kScaleBytes + id * 8;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) store_8(scales + i * 512, high[i], low[i]);
+            if (shift == 0) {
 #pragma unroll
               for (int i = 0; i < 2; ++i) {
-                AbsmaxStream& s = stream[i];
-                const uint32_t block = (position[i] + half) >> shift;
-                const uint32_t index = block >> reader.codes_log2;
-                if (index != s.index) {
-                  s.index = index, s.word = s.next_word, s.nested = s.next_nested;
-                  reader.fetch(index + 1, s.next_word, s.next_nested);
-                }
-                T high, low;
-                split_scale<T>(reader.finish(s.word, s.nested, block, window + L::kNested), high, low);
-                const uint32_t h = pack_pair<T>(to_float(high), to_float(high));
-                const uint32_t l = pack_pair<T>(to_float(low), to_float(low));
-                store_8(scales + half * 1024 + (id + 64 * i) * 8, h, l);
+                scale(i, 1, high[i], low[i]);
+                store_8(scales + 1024 + i * 512, high[i], low[i]);
               }
             }
             position[0] += 2, position[1] += 2;
             finish_slot();
+            if (step == 0 && !lora_first) pass_lora_slots();
           }
         } else {
           // Lane: row id of the step; its blocks for the sets of columns that share absmax.
@@ -401,12 +411,12 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
 #pragma unroll
             for (int set = 0; set < 4; ++set) {
               if (set >= sets) break;
-              const float scale = reader.finish(word[set], nested[set], block[set], window + L::kNested);
+              const float scale = reader.finish(word[set], nested[set], block[set], window + kNested);
               split_scale<T>(inside ? scale : 0.0f, high[set], low[set]);
             }
             if (step + 1 < first_step + steps) load(step + 1);
-            wait_phase(empty(ring.stage), ring.phase ^ 1);
-            const uint32_t scales = window + L::kScales + ring.stage * kScaleBytes + offset;
+            take_slot();
+            const uint32_t scales = window + kScales + ring.stage * kScaleBytes + offset;
 #pragma unroll
             for (int set = 0; set < 4; ++set) {
               if (set >= sets) break;
@@ -414,6 +424,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
               store_2(scales + set * 256 + 4, *reinterpret_cast<const uint16_t*>(&low[set]));
             }
             finish_slot();
+            if (step == first_step && !lora_first) pass_lora_slots();
           }
         }
       }
@@ -424,84 +435,108 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
   }
 
   ptx::take_registers<224>();
+  // The first nibble of a byte is the even weight. Eight threads write an entry, 16 bytes each.
+  for (int i = threadIdx.x; i < 256 * 8; i += kConsumers) {
+    const int byte = i / 8;
+    const uint32_t pair = pack_pair<T>(p.weight.codebook[byte >> 4] * p.table_scale,
+                                       p.weight.codebook[byte & 15] * p.table_scale);
+    store_16(window + kTable + i * 16, make_uint4(pair, pair, pair, pair));
+  }
+  sync_threads<3>(kConsumers);
+
   const int group = warp / 4, w = warp % 4;
   const int g = lane / 4, t = lane % 4;
   float sum[kTokens / 2];
-  uint32_t even[16], odd[16];  // left operands of even and odd steps
 
   // What the lane's two rows of the left operand are. Forward: rows 2 g and 2 g + 1 of the warp's 16 of W, in an order
   // that spreads the reads over the banks. dX: two neighbouring columns, as a packed byte has them; two warps share 32.
   const int flip = kForward ? g >> 2 : 0;
   const int column = kForward ? 64 * group + 16 * w + 2 * g : 64 * group + 32 * (w / 2) + 2 * (w & 1) + 4 * g;
 
-  const uint32_t lane_table = window | kTable | lane * 4;
-  const uint32_t shift_32 = p.weight.blocksize_log2 == 5 ? 1 : 0;
-  const auto look_up = [&](uint32_t word, uint32_t selector) { return load_4(__byte_perm(word, lane_table, selector)); };
+  // Chunks of 16 along the reduction go through a pipeline: packed words, looked-up pairs, pairs times absmax in
+  // operand[chunk % 4], the product. Products read registers and hold the warp while they wait for the tensor cores;
+  // so a chunk's decoding goes between two of them, three and two chunks ahead.
+  uint32_t operand[16], pairs[4], words[kForward ? 8 : 4], scales[4];
+  const uint32_t blocksize_32 = p.weight.blocksize_log2 == 5 ? 1 : 0;
+  // Twice the address of a look-up, but for the byte, which goes to bits 8 to 15.
+  const uint32_t lane_table = kept(2 * (window | kTable | lane * 4));
+  const auto look_up = [&](uint32_t word, uint32_t selector) {
+    return load_4(__byte_perm(word, lane_table, selector) >> 1);
+  };
 
-  const auto decode = [&](uint32_t (&a)[16], int stage) {
-    const uint32_t packed = window + L::kPacked + stage * kPackedBytes;
-    const uint32_t scales = window + L::kScales + stage * kScaleBytes;
+  const uint32_t row_low = column + flip;   // forward
+  const uint32_t slab = 2 * group + w / 2;                               // dX: of 32 columns
+  const uint32_t words_at =
+      kept(window + L::kPacked +
+           (kForward ? row_low * 32 + (row_low >> 2 & 1) * 16 : lane * 64 + ((slab ^ (lane >> 1 & 3)) * 16)));
+  const uint32_t scales_at =
+      kept(window + kScales + (kForward ? row_low * 8 : (blocksize_32 != 0 ? slab : group) * 256 + t * 16));
+  const uint32_t to_high = kept(flip != 0 ? -1 : 1);  // row_high - row_low
+
+  const auto load_words = [&](int stage, int half) {
+    const uint32_t at = words_at + stage * kPackedBytes;
+    if constexpr (kForward) {
+      const uint4 low = load_16(at ^ 16 * half);
+      const uint4 high = load_16((at ^ 16 * half) + to_high * 32);
+      words[0] = low.x, words[1] = high.x, words[2] = low.y, words[3] = high.y;
+      words[4] = low.z, words[5] = high.z, words[6] = low.w, words[7] = high.w;
+    } else {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                   : "r"(at + half * 2048));
+    }
+  };
+  const auto look_up_chunk = [&](int stage, int chunk) {
+    const uint32_t at = scales_at + stage * kScaleBytes;
     if constexpr (kForward) {
       const uint32_t selector = 0x7604u | t << 4;
-      const uint32_t row_low = column + flip, row_high = column + 1 - flip;
-      const uint32_t swizzle = (row_low >> 2 & 1) * 16;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 low = load_16(packed + row_low * 32 + (16 * half ^ swizzle));
-        const uint4 high = load_16(packed + row_high * 32 + (16 * half ^ swizzle));
-        const uint32_t at = scales + half * shift_32 * 1024;
-        const uint2 scale_low = load_8(at + row_low * 8), scale_high = load_8(at + row_high * 8);
-        const uint32_t words_low[4] = {low.x, low.y, low.z, low.w}, words_high[4] = {high.x, high.y, high.z, high.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          a[half * 8 + 2 * i] = scaled<T>(look_up(words_low[i], selector), scale_low.x, scale_low.y);
-          a[half * 8 + 2 * i + 1] = scaled<T>(look_up(words_high[i], selector), scale_high.x, scale_high.y);
-        }
+      for (int i = 0; i < 4; ++i) pairs[i] = look_up(words[chunk % 2 * 4 + i], selector);
+      if (chunk % 2 == 0) {
+        const uint32_t half_at = at + chunk / 2 * blocksize_32 * 1024;
+        const uint2 low = load_8(half_at), high = load_8(half_at + to_high * 8);
+        scales[0] = low.x, scales[1] = low.y, scales[2] = high.x, scales[3] = high.y;
       }
     } else {
-      const uint32_t selector0 = 0x7604u | (w & 1) << 4, selector1 = selector0 + 0x20;
-      const uint32_t slab = 2 * group + w / 2;
-      const uint32_t at = packed + lane * 64 + ((slab ^ (lane >> 1 & 3)) * 16);
-      const uint32_t set = scales + (shift_32 != 0 ? slab : group) * 256 + t * 16;
+      const uint32_t selector = 0x7604u | (w & 1) << 4;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t words[4];
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                     : "r"(at + half * 2048));
+      for (int i = 0; i < 4; ++i) pairs[i] = look_up(words[chunk % 2 * 2 + i / 2], selector + i % 2 * 0x20);
+      const uint4 scale = load_16(at + chunk * 64);
+      scales[0] = scale.x, scales[1] = scale.y, scales[2] = scale.z, scales[3] = scale.w;
+    }
+  };
+  const auto finish_chunk = [&](int chunk) {
+    uint32_t* a = operand + 4 * chunk;
+    if constexpr (kForward) {
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const uint4 scale = load_16(set + (half * 2 + k) * 64);
+      for (int i = 0; i < 4; ++i) a[i] = scaled<T>(pairs[i], scales[i % 2 * 2], scales[i % 2 * 2 + 1]);
+    } else {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const uint32_t word = words[2 * k + i];
-            const uint32_t first = look_up(word, selector0), second = look_up(word, selector1);
-            const uint32_t high = i == 0 ? scale.x : scale.z, low = i == 0 ? scale.y : scale.w;
-            a[half * 8 + 4 * k + 2 * i] = scaled<T>(__byte_perm(first, second, 0x5410), high, low);
-            a[half * 8 + 4 * k + 2 * i + 1] = scaled<T>(__byte_perm(first, second, 0x7632), high, low);
-          }
-        }
+      for (int i = 0; i < 4; ++i) {
+        a[i] = scaled<T>(__byte_perm(pairs[i / 2 * 2], pairs[i / 2 * 2 + 1], i % 2 == 0 ? 0x5410 : 0x7632),
+                         scales[i / 2 * 2], scales[i / 2 * 2 + 1]);
       }
     }
   };
 
-  // The left operand out of a dense factor's tile of 64 rows of 128 bytes, swizzled.
-  const auto load_factor = [&](uint32_t (&a)[16], uint32_t tile) {
-    const auto word = [&](int row, int byte) { return load_4(tile + row * 128 + (byte ^ (row & 7) << 4)); };
-    const int local = column - 64 * group;
+  // The left operand of a low-rank step, straight from the dense factor.
+  uint32_t factor[16];
+  const auto load_factor = [&](int row0, int lora_step) {
+    const auto word = [&](int row, int at, bool inside) {
+      const T* pointer = static_cast<const T*>(p.factor) + int64_t{row} * (kForward ? p.rank : p.columns) + at;
+      return inside ? __ldg(reinterpret_cast<const uint32_t*>(pointer)) : 0u;
+    };
 #pragma unroll
-    for (int kk = 0; kk < 4; ++kk) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if constexpr (kForward) {
-          a[4 * kk + 2 * i] = word(local + flip, kk * 32 + i * 16 + t * 4);
-          a[4 * kk + 2 * i + 1] = word(local + 1 - flip, kk * 32 + i * 16 + t * 4);
-        } else {
-          const int row = kk * 16 + i * 8 + 2 * t;
-          const uint32_t first = word(row, local * 2), second = word(row + 1, local * 2);
-          a[4 * kk + 2 * i] = __byte_perm(first, second, 0x5410);
-          a[4 * kk + 2 * i + 1] = __byte_perm(first, second, 0x7632);
-        }
+    for (int i = 0; i < 8; ++i) {
+      const int k = lora_step * kStep + i * 8 + 2 * t, outer = row0 + column;
+      if constexpr (kForward) {
+        factor[2 * i] = word(outer + flip, k, outer + flip < p.columns && k < p.rank);
+        factor[2 * i + 1] = word(outer + 1 - flip, k, outer + 1 - flip < p.columns && k < p.rank);
+      } else {
+        const bool inside = outer < p.columns && k < p.rank;
+        const uint32_t first = word(k, outer, inside), second = word(k + 1, outer, inside);
+        factor[2 * i] = __byte_perm(first, second, 0x5410);
+        factor[2 * i + 1] = __byte_perm(first, second, 0x7632);
       }
     }
   };
@@ -512,57 +547,85 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     if (p.share && lane == 1) ptx::arrive_in_rank(peer_empty + 8 * stage);
   };
 
-  Ring ring;  // the next slot to decode
+  Ring ring;  // the next slot
   int current = 0, previous = -1;
-  const auto decode_next = [&](uint32_t (&a)[16]) {
-    decode(a, ring.stage);
-    current = ring.stage;
-    ring.advance<kStages>();
-  };
-  const auto multiply = [&](const uint32_t (&a)[16], uint32_t slot, int count) {
-    const uint64_t b = ptx::operand_128(slot);
-    ptx::fence_products();
+  // One step, and the decoding of what follows it, of this tile or the next. Behind the very last step nothing follows,
+  // and what is decoded is never used: between products, registers may be written in straight lines of code only, or
+  // the compiler lets every product wait for the one before.
+  const auto step = [&](bool more) {
+    const uint32_t b = ptx::operand_128(slot_at(current));
+    const int upcoming = ring.stage;
 #pragma unroll
-    for (int kk = 0; kk < 4; ++kk) {
-      if (kk < count) ptx::Wgmma<T, kTokens>::add(sum, a + 4 * kk, b + 2 * kk);
+    for (int chunk = 0; chunk < 4; ++chunk) {
+      ptx::fence_products();
+      ptx::Wgmma<T, kTokens>::add(sum, operand + 4 * chunk, b + 2 * chunk);
+      ptx::commit_products();
+      ptx::wait_products<1>();
+      if (chunk == 0 && previous >= 0) release(previous);
+      if (chunk == 0 && more) wait_phase(full(upcoming), ring.phase);
+      finish_chunk((chunk + 2) % 4);
+      look_up_chunk(chunk == 0 ? current : upcoming, (chunk + 3) % 4);
+      if (chunk % 2 == 0) load_words(upcoming, chunk / 2);
     }
-    ptx::commit_products();
-  };
-  const auto step = [&](uint32_t (&now)[16], uint32_t (&later)[16], bool more) {
-    multiply(now, slot_at(current), 4);
-    if (more) wait_phase(full(ring.stage), ring.phase);
-    ptx::wait_products<1>();  // the step before
-    if (previous >= 0) release(previous);
     previous = current;
-    if (more) decode_next(later);
+    if (more) {
+      current = upcoming;
+      ring.advance<kStages>();
+    }
   };
 
-  bool decoded = false;
+  // Fills the pipeline.
+  const auto start = [&] {
+    wait_phase(full(ring.stage), ring.phase);
+    current = ring.stage;
+    ring.advance<kStages>();
+    load_words(current, 0);
+    look_up_chunk(current, 0);
+    finish_chunk(0);
+    look_up_chunk(current, 1);
+    load_words(current, 1);
+    finish_chunk(1);
+    look_up_chunk(current, 2);
+  };
+
+  if (!lora_first) start();
+  if (lora_steps > 0) load_factor(tile_of(p, unit0, rank, kTokens).row0, 0);
   for (int unit = unit0; unit < units; unit += unit_stride) {
     const Tile tile = tile_of(p, unit, rank, kTokens);
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) sum[i] = 0.0f;
 
     for (int i = 0; i < lora_steps; ++i) {
-      int slots[3];
+      if (i > 0) load_factor(tile.row0, i);
+      wait_phase(full(ring.stage), ring.phase);
+      const uint32_t b = ptx::operand_128(slot_at(ring.stage));
+      const auto multiply = [&](auto chunks) {
+        ptx::fence_products();
 #pragma unroll
-      for (int piece = 0; piece < 3; ++piece) {
-        wait_phase(full(ring.stage), ring.phase);
-        slots[piece] = ring.stage;
-        ring.advance<kStages>();
+        for (int chunk = 0; chunk < decltype(chunks)::value; ++chunk) {
+          ptx::Wgmma<T, kTokens>::add(sum, factor + 4 * chunk, b + 2 * chunk);
+        }
+        ptx::commit_products();
+        ptx::wait_products<0>();
+        ptx::hold_sums(sum);
+      };
+      if (p.rank - i * kStep <= 16) {
+        multiply(std::integral_constant<int, 1>{});
+      } else {
+        multiply(std::integral_constant<int, 4>{});
       }
-      load_factor(odd, slot_at(group == 0 ? slots[1] : slots[2]));
-      multiply(odd, slot_at(slots[0]), min(4, (p.rank - i * kStep + 15) / 16));
-      ptx::wait_products<0>();
-#pragma unroll
-      for (int piece = 0; piece < 3; ++piece) release(slots[piece]);
+      release(ring.stage);
+      ring.advance<kStages>();
     }
+    // Nothing is in flight here, but the compiler needs to be told outside of the loop.
+    ptx::wait_products<0>();
+    ptx::hold_sums(sum);
     if (!kForward && p.dropout.active() && lora_steps > 0) {
       const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
       const int64_t first = (int64_t{tile.token0} + 2 * t) * p.columns + tile.row0 + column;
       constexpr int kPairs = kTokens / 4;  // (token, two columns)
       constexpr int kWords = (kPairs + 15) / 16;
-      uint32_t kept[kWords];
+      uint32_t masks[kWords];
 #pragma unroll
       for (int word = 0; word < kWords; ++word) {
         uint32_t bits = 0;
@@ -575,96 +638,105 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
           const uint32_t draw1 = (w & 1) != 0 ? draws.lane[3] : draws.lane[1];
           bits |= (draw0 >= p.dropout.threshold ? 1u : 0u) << 2 * i | (draw1 >= p.dropout.threshold ? 2u : 0u) << 2 * i;
         }
-        kept[word] = bits;
+        masks[word] = bits;
       }
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& value = sum[pair / 2 * 4 + pair % 2 + 2 * i];
-          value = (kept[pair / 16] >> (2 * (pair % 16) + i) & 1) != 0 ? value * p.dropout.scale : 0.0f;
+          value = (masks[pair / 16] >> (2 * (pair % 16) + i) & 1) != 0 ? value * p.dropout.scale : 0.0f;
         }
       }
     }
 
-    if (!decoded) {
-      wait_phase(full(ring.stage), ring.phase);
-      decode_next(even);
-    }
-    // The next tile's first step is decoded behind this tile's last one.
-    decoded = lora_steps == 0 && unit + unit_stride < units;
-    for (int left = steps;;) {
-      step(even, odd, left > 1 || decoded);
-      if (--left == 0) {
-#pragma unroll
-        for (int i = 0; i < 16; ++i) even[i] = odd[i];
-        break;
-      }
-      step(odd, even, left > 1 || decoded);
-      if (--left == 0) break;
-    }
+    if (lora_first) start();
+    const bool last = lora_first || unit + unit_stride >= units;
+    int left = steps;
+    do {
+      step(left > 1 || !last);
+    } while (--left > 0);
     ptx::wait_products<0>();
+    ptx::hold_sums(sum);
     release(previous);
     previous = -1;
+    if (lora_steps > 0 && unit + unit_stride < units) {
+      load_factor(tile_of(p, unit + unit_stride, rank, kTokens).row0, 0);
+    }
 
-    // The output through shared memory, so that its rows are written in pieces of 16 bytes.
-    T* output = static_cast<T*>(p.output);
+    // The output goes through shared memory, rows of 64 columns with 128-byte swizzle, kGatherTokens at a time.
     const T* bias = static_cast<const T*>(p.bias);
-    const int column0 = tile.row0 + 64 * group;
     float bias_low = 0.0f, bias_high = 0.0f;
     if (bias != nullptr) {
       const int low = tile.row0 + column + flip, high = tile.row0 + column + 1 - flip;
       if (low < p.columns) bias_low = to_float(bias[low]);
       if (high < p.columns) bias_high = to_float(bias[high]);
     }
-    const uint32_t gather = window + (p.split > 1 ? L::kGather + group * 128 * 128 : kTable + 128 + group * 128 * 256);
-    const uint32_t pitch = p.split > 1 ? 128 : 256;
-    const auto put = [&](int token, float low, float high) {
+    const int column0 = tile.row0 + 64 * group;
+    const uint32_t gather = window + kGather + group * 2 * kGatherBytes;
+    const auto put = [&](uint32_t buffer, int token, float low, float high) {
       const uint32_t pair = flip != 0 ? pack_pair<T>(high + bias_high, low + bias_low)
                                       : pack_pair<T>(low + bias_low, high + bias_high);
-      const uint32_t at = (column - 64 * group) * 2;
-      const uint32_t swizzle = kForward ? (token & 7) << 4 : (token >> 1 & 1) << 6 | (token >> 2 & 1) << 2;
-      store_4(gather + token * pitch + (at ^ swizzle), pair);
+      store_4(buffer + token * 128 + ((column - 64 * group) * 2 ^ (token & 7) << 4), pair);
     };
+    const auto sync_group = [&] { group == 0 ? sync_threads<1>(128) : sync_threads<2>(128); };
+    constexpr int kPass = kTokens < kGatherTokens ? kTokens : kGatherTokens;
+
+    if (p.split == 1 && p.vector_output) {
+#pragma unroll
+      for (int pass = 0; pass < kTokens / kPass; ++pass) {
+        const uint32_t buffer = gather + pass % 2 * kGatherBytes;
+        if (w == 0 && lane == 0) ptx::wait_stores_read<1>();  // the copy out of this buffer
+        sync_group();
+#pragma unroll
+        for (int j = 0; j < kPass / 8; ++j) {
+          const float* v = sum + pass * (kPass / 2) + 4 * j;
+          put(buffer, 8 * j + 2 * t, v[0], v[2]);
+          put(buffer, 8 * j + 2 * t + 1, v[1], v[3]);
+        }
+        ptx::fence_async_proxy();
+        sync_group();
+        if (w == 0 && lane == 0) ptx::store_tile(&p.output_map, column0, tile.token0 + pass * kPass, buffer);
+      }
+      continue;
+    }
+
     const auto write_rows = [&](int token0, int tokens) {
-      sync_threads(1 + group, 128);
+      sync_group();
       const int piece = threadIdx.x % 8;
       for (int token = threadIdx.x % 128 / 8; token < tokens; token += 16) {
-        const uint32_t swizzle = kForward ? token & 7 : (token >> 1 & 1) << 2;
-        uint4 v = load_16(gather + token * pitch + (piece ^ swizzle) * 16);
-        if (!kForward && (token >> 2 & 1) != 0) v = make_uint4(v.y, v.x, v.w, v.z);
+        const uint4 v = load_16(gather + token * 128 + (piece ^ (token & 7)) * 16);
         const int row = token0 + token, at = column0 + piece * 8;
         if (row >= p.m || at >= p.columns) continue;
-        T* to = output + int64_t{row} * p.columns + at;
+        T* to = static_cast<T*>(p.output) + int64_t{row} * p.columns + at;
         if (p.vector_output) {
           *reinterpret_cast<uint4*>(to) = v;
         } else {
-          const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+          const uint32_t piece_words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
-            const uint16_t element = static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2));
+            const uint16_t element = static_cast<uint16_t>(piece_words[i / 2] >> 16 * (i % 2));
             if (at + i < p.columns) reinterpret_cast<uint16_t*>(to)[i] = element;
           }
         }
       }
-      sync_threads(1 + group, 128);
+      sync_group();
     };
 
     if (p.split == 1) {
-      constexpr int kPass = kTokens < 128 ? kTokens : 128;
 #pragma unroll
       for (int pass = 0; pass < kTokens / kPass; ++pass) {
 #pragma unroll
         for (int j = 0; j < kPass / 8; ++j) {
           const float* v = sum + pass * (kPass / 2) + 4 * j;
-          put(8 * j + 2 * t, v[0], v[2]);
-          put(8 * j + 2 * t + 1, v[1], v[3]);
+          put(gather, 8 * j + 2 * t, v[0], v[2]);
+          put(gather, 8 * j + 2 * t + 1, v[1], v[3]);
         }
         write_rows(tile.token0 + pass * kPass, kPass);
       }
     } else {
-      // Both warpgroups are done with the ring, so the parts may go there.
-      sync_threads(3, kConsumers);
+      // Both warpgroups are done with the slots, so the parts may go there.
+      sync_threads<3>(kConsumers);
       const uint32_t mine = window + L::kExchange + threadIdx.x * 16;
 #pragma unroll
       for (int j = 0; j < kTokens / 8; ++j) {
@@ -673,22 +745,28 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
                             __float_as_uint(sum[4 * j + 2]), __float_as_uint(sum[4 * j + 3])));
       }
       ptx::arrive_cluster(), ptx::wait_cluster();
+      // Of the tile's tokens this block adds up its share, the parts in their order.
       const int count = kTokens / 8 / p.split, j0 = part * count;
-      for (int j = 0; j < count; ++j) {
-        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      for (int done = 0; done < count; done += kPass / 8) {
+        const int pass = min(kPass / 8, count - done);
+        for (int j = 0; j < pass; ++j) {
+          const uint32_t at = mine + (j0 + done + j) * (kConsumers * 16);
+          float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 4
-        for (int from = 0; from < p.split; ++from) {
-          const float4 v = ptx::load_from_rank(ptx::address_in_rank(mine + (j0 + j) * (kConsumers * 16), from));
-          total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
+          for (int from = 0; from < p.split; ++from) {
+            const float4 v = ptx::load_from_rank(ptx::address_in_rank(at, from));
+            total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
+          }
+          put(gather, 8 * j + 2 * t, total.x, total.z);
+          put(gather, 8 * j + 2 * t + 1, total.y, total.w);
         }
-        put(8 * j + 2 * t, total.x, total.z);
-        put(8 * j + 2 * t + 1, total.y, total.w);
+        write_rows(tile.token0 + 8 * (j0 + done), 8 * pass);
       }
-      write_rows(tile.token0 + 8 * j0, 8 * count);
     }
   }
+  if (w == 0 && lane == 0) ptx::wait_stores();
   // No block of a cluster ends while another may still reach into its shared memory.
-  if (cluster > 1) ptx::arrive_cluster(), ptx::wait_cluster();
+  if (cluster > 1) __syncwarp(), ptx::arrive_cluster(), ptx::wait_cluster();
 #endif
 }
 
@@ -744,16 +822,18 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   if (rank > 0) {
     p.left = make_tensor_map(arguments.lora.left, kElement, arguments.m, rank, rank * 2, kTokens, kStep,
                              CU_TENSOR_MAP_SWIZZLE_128B);
-    const int64_t rows = kForward ? matrix.n : rank, columns = kForward ? rank : matrix.k;
-    p.factor = make_tensor_map(arguments.lora.factor, kElement, rows, columns, columns * 2, 64, 64,
-                               CU_TENSOR_MAP_SWIZZLE_128B);
   }
   p.weight = arguments.weight;
   p.table_scale = table_scale<T>(arguments.weight);
+  p.factor = arguments.lora.factor;
   p.bias = arguments.bias;
   p.dropout = arguments.dropout;
   p.output = arguments.output;
   p.vector_output = aligned_16(p.output) && p.columns % 8 == 0;
+  if (p.vector_output) {
+    p.output_map = make_tensor_map(p.output, kElement, arguments.m, p.columns, int64_t{p.columns} * 2,
+                                   std::min(kTokens, kGatherTokens), 64, CU_TENSOR_MAP_SWIZZLE_128B);
+  }
   p.steps = static_cast<int>(ceil_div(reduction, kStep));
   p.rank = static_cast<int>(rank);
   p.lora_steps = static_cast<int>(ceil_div(rank, kStep));
@@ -765,17 +845,19 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   const unsigned cluster = p.share ? 2 : p.split;
   const int64_t units = int64_t{p.tiles_m} * p.tiles_w;
   const int64_t resident = p.split > 1 ? units : std::max<int64_t>(1, current_device().sm_count / cluster);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid_size(std::min(units, resident) * cluster, "linear_wgmma");
   config.blockDim = kThreads;
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
   cudaLaunchKernelEx(&config, kernel, p);
   check_launch("linear_wgmma", "of " + std::to_string(p.m) + " rows and a [" + std::to_string(matrix.n) + ", " +
                                    std::to_string(matrix.k) + "] weight");
