@@ -111,6 +111,16 @@ __device__ inline void wait_phase(uint32_t barrier, uint32_t parity) {
 #endif
 }
 
+__device__ inline bool test_phase(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 __device__ inline void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -259,6 +269,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(full(stage)), "r"(1 + kScaleWarps) : "memory");
       asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty(stage)), "r"(p.share ? 16 : 8) : "memory");
     }
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(empty(kStages)) : "memory");
     ptx::fence_barrier_init();
     ptx::prefetch_tensor_map(&p.input);
     ptx::prefetch_tensor_map(&p.packed);
@@ -453,66 +464,68 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
   const int flip = kForward ? g >> 2 : 0;
   const int column = kForward ? 64 * group + 16 * w + 2 * g : 64 * group + 32 * (w / 2) + 2 * (w & 1) + 4 * g;
 
-  // Chunks of 16 along the reduction go through a pipeline: packed words, looked-up pairs, pairs times absmax in
-  // operand[chunk % 4], the product. Products read registers and hold the warp while they wait for the tensor cores;
-  // so a chunk's decoding goes between two of them, three and two chunks ahead.
-  uint32_t operand[16], pairs[4], words[kForward ? 8 : 4], scales[4];
-  const uint32_t blocksize_32 = p.weight.blocksize_log2 == 5 ? 1 : 0;
+  // Halves of steps, 32 along the reduction, go through a pipeline: packed words, looked-up pairs, pairs times absmax in
+  // the registers of the operand, products. While two products of one half run, the next half is decoded.
+  uint32_t operand[16], pairs[8], words[kForward ? 16 : 8], scales[kForward ? 4 : 8];
+  const bool blocksize_32 = p.weight.blocksize_log2 == 5;
   // Twice the address of a look-up, but for the byte, which goes to bits 8 to 15.
   const uint32_t lane_table = kept(2 * (window | kTable | lane * 4));
-  const auto look_up = [&](uint32_t word, uint32_t selector) {
-    return load_4(__byte_perm(word, lane_table, selector) >> 1);
+  const uint32_t selector = kept(0x7604u | (kForward ? t : w & 1) << 4);
+  const auto look_up = [&](uint32_t word, uint32_t byte_selector) {
+    return load_4(__byte_perm(word, lane_table, byte_selector) >> 1);
   };
 
   const uint32_t row_low = column + flip;   // forward
-  const uint32_t slab = 2 * group + w / 2;                               // dX: of 32 columns
+  const uint32_t slab = 2 * group + w / 2;  // dX: of 32 columns
   const uint32_t words_at =
       kept(window + L::kPacked +
-           (kForward ? row_low * 32 + (row_low >> 2 & 1) * 16 : lane * 64 + ((slab ^ (lane >> 1 & 3)) * 16)));
+           (kForward ? row_low * 32 + (row_low >> 2 & 1) * 16 : lane * 64 + (slab ^ (lane >> 1 & 3)) * 16));
   const uint32_t scales_at =
-      kept(window + kScales + (kForward ? row_low * 8 : (blocksize_32 != 0 ? slab : group) * 256 + t * 16));
-  const uint32_t to_high = kept(flip != 0 ? -1 : 1);  // row_high - row_low
+      kept(window + kScales + (kForward ? row_low * 8 : (blocksize_32 ? slab : group) * 256 + t * 16));
+  const uint32_t to_high = kept(flip != 0 ? -1 : 1);            // from row_low to the lane's other row
+  const uint32_t second_scales = kept(blocksize_32 ? 1024 : 0);  // forward: from a step's first half to its second
 
-  const auto load_words = [&](int stage, int half) {
-    const uint32_t at = words_at + stage * kPackedBytes;
+  const auto load_words = [&](uint32_t at, int half) {
     if constexpr (kForward) {
       const uint4 low = load_16(at ^ 16 * half);
       const uint4 high = load_16((at ^ 16 * half) + to_high * 32);
-      words[0] = low.x, words[1] = high.x, words[2] = low.y, words[3] = high.y;
-      words[4] = low.z, words[5] = high.z, words[6] = low.w, words[7] = high.w;
+      uint32_t* to = words + 8 * half;
+      to[0] = low.x, to[1] = high.x, to[2] = low.y, to[3] = high.y;
+      to[4] = low.z, to[5] = high.z, to[6] = low.w, to[7] = high.w;
     } else {
+      uint32_t* to = words + 4 * half;
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                   : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                    : "r"(at + half * 2048));
     }
   };
-  const auto look_up_chunk = [&](int stage, int chunk) {
-    const uint32_t at = scales_at + stage * kScaleBytes;
-    if constexpr (kForward) {
-      const uint32_t selector = 0x7604u | t << 4;
+  const auto look_up_half = [&](int half) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) pairs[i] = look_up(words[chunk % 2 * 4 + i], selector);
-      if (chunk % 2 == 0) {
-        const uint32_t half_at = at + chunk / 2 * blocksize_32 * 1024;
-        const uint2 low = load_8(half_at), high = load_8(half_at + to_high * 8);
-        scales[0] = low.x, scales[1] = low.y, scales[2] = high.x, scales[3] = high.y;
-      }
-    } else {
-      const uint32_t selector = 0x7604u | (w & 1) << 4;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) pairs[i] = look_up(words[chunk % 2 * 2 + i / 2], selector + i % 2 * 0x20);
-      const uint4 scale = load_16(at + chunk * 64);
-      scales[0] = scale.x, scales[1] = scale.y, scales[2] = scale.z, scales[3] = scale.w;
+    for (int i = 0; i < 8; ++i) {
+      pairs[i] = kForward ? look_up(words[8 * half + i], selector)
+                          : look_up(words[4 * half + i / 2], selector + i % 2 * 0x20);
     }
   };
-  const auto finish_chunk = [&](int chunk) {
-    uint32_t* a = operand + 4 * chunk;
+  const auto load_scales = [&](uint32_t at, int half) {
     if constexpr (kForward) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = scaled<T>(pairs[i], scales[i % 2 * 2], scales[i % 2 * 2 + 1]);
+      if (half == 1) at += second_scales;
+      const uint2 low = load_8(at), high = load_8(at + to_high * 8);
+      scales[0] = low.x, scales[1] = low.y, scales[2] = high.x, scales[3] = high.y;
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 2; ++i) {
+        const uint4 scale = load_16(at + (2 * half + i) * 64);
+        scales[4 * i] = scale.x, scales[4 * i + 1] = scale.y, scales[4 * i + 2] = scale.z, scales[4 * i + 3] = scale.w;
+      }
+    }
+  };
+  const auto finish_half = [&](int half) {
+    uint32_t* a = operand + 8 * half;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (kForward) {
+        a[i] = scaled<T>(pairs[i], scales[i % 2 * 2], scales[i % 2 * 2 + 1]);
+      } else {
         a[i] = scaled<T>(__byte_perm(pairs[i / 2 * 2], pairs[i / 2 * 2 + 1], i % 2 == 0 ? 0x5410 : 0x7632),
                          scales[i / 2 * 2], scales[i / 2 * 2 + 1]);
       }
@@ -541,51 +554,58 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     }
   };
 
-  const uint32_t peer_empty = p.share ? ptx::address_in_rank(window + L::kEmpty, rank ^ 1) : 0;
+  // One lane of a warp arrives for its own block, another for the block that shares activations.
+  const uint32_t releases = kept(lane < (p.share ? 2 : 1));
+  const uint32_t release_at = kept(ptx::address_in_rank(window + L::kEmpty, lane == 1 && p.share ? rank ^ 1 : rank));
   const auto release = [&](int stage) {
-    if (lane == 0) arrive(empty(stage));
-    if (p.share && lane == 1) ptx::arrive_in_rank(peer_empty + 8 * stage);
+    if (releases != 0) ptx::arrive_in_rank(release_at + 8 * stage);
   };
 
-  Ring ring;  // the next slot
-  int current = 0, previous = -1;
+  Ring ring;                        // the next slot
+  int current = 0, previous = kStages;  // kStages: no slot, a barrier that nobody waits for
+  bool ready = false;               // the next slot is known to be full
   // One step, and the decoding of what follows it, of this tile or the next. Behind the very last step nothing follows,
   // and what is decoded is never used: between products, registers may be written in straight lines of code only, or
   // the compiler lets every product wait for the one before.
   const auto step = [&](bool more) {
     const uint32_t b = ptx::operand_128(slot_at(current));
     const int upcoming = ring.stage;
+    const uint32_t next_words = words_at + upcoming * kPackedBytes, next_scales = scales_at + upcoming * kScaleBytes;
 #pragma unroll
-    for (int chunk = 0; chunk < 4; ++chunk) {
+    for (int half = 0; half < 2; ++half) {
       ptx::fence_products();
-      ptx::Wgmma<T, kTokens>::add(sum, operand + 4 * chunk, b + 2 * chunk);
+#pragma unroll
+      for (int chunk = 2 * half; chunk < 2 * half + 2; ++chunk) {
+        ptx::Wgmma<T, kTokens>::add(sum, operand + 4 * chunk, b + 2 * chunk);
+      }
       ptx::commit_products();
+      look_up_half(half ^ 1);
+      if (half == 0 && more && !ready) wait_phase(full(upcoming), ring.phase);
+      load_words(next_words, half);
       ptx::wait_products<1>();
-      if (chunk == 0 && previous >= 0) release(previous);
-      if (chunk == 0 && more) wait_phase(full(upcoming), ring.phase);
-      finish_chunk((chunk + 2) % 4);
-      look_up_chunk(chunk == 0 ? current : upcoming, (chunk + 3) % 4);
-      if (chunk % 2 == 0) load_words(upcoming, chunk / 2);
+      if (half == 0) release(previous);
+      finish_half(half ^ 1);
+      load_scales(next_scales, half);
     }
     previous = current;
     if (more) {
       current = upcoming;
       ring.advance<kStages>();
+      ready = test_phase(full(ring.stage), ring.phase);
     }
   };
-
   // Fills the pipeline.
   const auto start = [&] {
     wait_phase(full(ring.stage), ring.phase);
     current = ring.stage;
     ring.advance<kStages>();
-    load_words(current, 0);
-    look_up_chunk(current, 0);
-    finish_chunk(0);
-    look_up_chunk(current, 1);
-    load_words(current, 1);
-    finish_chunk(1);
-    look_up_chunk(current, 2);
+    const uint32_t first_words = words_at + current * kPackedBytes, first_scales = scales_at + current * kScaleBytes;
+    load_words(first_words, 0);
+    load_scales(first_scales, 0);
+    load_words(first_words, 1);
+    look_up_half(0);
+    finish_half(0);
+    load_scales(first_scales, 1);
   };
 
   if (!lora_first) start();
@@ -651,6 +671,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     }
 
     if (lora_first) start();
+    if (lora_steps > 0) ready = false;  // that was another slot
     const bool last = lora_first || unit + unit_stride >= units;
     int left = steps;
     do {
@@ -659,7 +680,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     ptx::wait_products<0>();
     ptx::hold_sums(sum);
     release(previous);
-    previous = -1;
+    previous = kStages;
     if (lora_steps > 0 && unit + unit_stride < units) {
       load_factor(tile_of(p, unit + unit_stride, rank, kTokens).row0, 0);
     }
@@ -746,7 +767,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       }
       ptx::arrive_cluster(), ptx::wait_cluster();
       // Of the tile's tokens this block adds up its share, the parts in their order.
-      const int count = kTokens / 8 / p.split, j0 = part * count;
+      const int j0 = kTokens / 8 * part / p.split, count = kTokens / 8 * (part + 1) / p.split - j0;
       for (int done = 0; done < count; done += kPass / 8) {
         const int pass = min(kPass / 8, count - done);
         for (int j = 0; j < pass; ++j) {
