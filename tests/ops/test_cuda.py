@@ -147,7 +147,7 @@ def test_more_than_2_to_the_31_elements():
 
 
 # The variable forces a kernel wherever it is legal; the other shapes fall to another one.
-@pytest.mark.parametrize("kernel", ["few_rows", "small_m", "mma", "simt"])
+@pytest.mark.parametrize("kernel", ["stream", "few_rows", "small_m", "mma", "simt"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("n", "k", "blocksize", "nested", "quant_type"),
