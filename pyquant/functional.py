@@ -45,8 +45,8 @@ _CODES = {
 }  # fmt: skip
 
 
-# The states of all weights on a device share these two, as nobody writes to a codebook: copies would be two more kernels
-# for each weight. Made outside the caller's modes, which would be kept with them otherwise.
+# The states of all weights on a device share these two, as nobody writes to a codebook; copies would be two kernels a
+# weight. Made outside the caller's modes, which would be kept with them otherwise.
 
 
 @lru_cache(maxsize=64)
