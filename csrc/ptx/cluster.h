@@ -59,8 +59,10 @@ __device__ inline void wait_cluster() {
 }
 
 // What a block of the cluster expects from others: a number of bytes, counted by a barrier in its shared memory. One
-// thread of the block expects; a barrier of the cluster follows; then any block may send, and ends when it likes; all
-// threads of the receiving block wait. Once in a kernel.
+// thread of the block expects; a barrier of the cluster follows; then any block may send, and ends when it likes; what
+// threads of the receiving block need the bytes wait. Once in a kernel, and to send is an illegal instruction in a
+// kernel that was not launched with clusters of 2 or more. Nothing below compute capability 9.0, where no cluster has a
+// sender.
 __device__ inline void expect_from_cluster(uint64_t* barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t address = shared_address(barrier);
@@ -81,8 +83,6 @@ __device__ inline void send_to_rank(float* shared, uint64_t* barrier, uint32_t r
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
                "r"(__float_as_uint(value)), "r"(barrier_address)
                : "memory");
-#else
-  *shared = value;
 #endif
 }
 
@@ -100,8 +100,6 @@ __device__ inline void wait_for_cluster(uint64_t* barrier) {
         : "r"(shared_address(barrier))
         : "memory");
   }
-#else
-  __syncthreads();
 #endif
 }
 

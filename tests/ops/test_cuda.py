@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from ops.test_linear import quantized
+from ops.test_linear import each_dtype, each_type, quantized
 from ops.test_lora import adapter, check_lora, seed_tensor
 
 import pyquant.functional as F
@@ -164,10 +164,8 @@ def values_at_thresholds(blocks, blocksize, quant_type, dtype):
 
 
 @pytest.mark.parametrize("blocksize", [32, 64, 256, 512, 4096])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"]
-)
+@each_type
+@each_dtype
 def test_quantize_decides_thresholds_in_whole_and_partial_tiles(dtype, quant_type, blocksize):
     weight = values_at_thresholds(40 * 4096 // blocksize, blocksize, quant_type, dtype).reshape(-1)
     for size in (weight.numel(), weight.numel() - 1, weight.numel() - 4095, 8192, 8191, 4096, 31):
@@ -183,9 +181,7 @@ def test_quantize_decides_thresholds_in_whole_and_partial_tiles(dtype, quant_typ
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"]
-)
+@each_dtype
 def test_a_non_finite_value_shows_in_its_own_blocks_scale_alone(dtype, bad):
     weight = torch.randn(2 * 8192 + 100, device="cuda").to(dtype)
     packed, state = F.quantize_4bit(weight, quant_type="nf4")
@@ -194,10 +190,7 @@ def test_a_non_finite_value_shows_in_its_own_blocks_scale_alone(dtype, bad):
         other[index] = bad
         other_packed, other_state = F.quantize_4bit(other, quant_type="nf4")
         block = index // 64
-        assert not torch.isfinite(other_state.absmax[block])
-        assert torch.equal(
-            torch.isfinite(other_state.absmax).nonzero(), (state.absmax != state.absmax[block]).nonzero()
-        )
+        assert (~torch.isfinite(other_state.absmax)).nonzero().tolist() == [[block]]
         same = torch.ones(len(packed), dtype=torch.bool, device="cuda")
         same[block * 32 : block * 32 + 32] = False
         assert torch.equal(other_packed[same], packed[same])
@@ -223,9 +216,7 @@ def test_double_quantization_follows_from_the_mean(size):
 
 @pytest.mark.parametrize("rank", [1, 5, 8, 16, 48, 256])
 @pytest.mark.parametrize("k", [1, 64, 77, 192, 520, 1030, 4096, 14336])
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"]
-)
+@each_dtype
 def test_lora_down_of_a_few_rows_meets_the_bound(dtype, k, rank):
     weight, _ = quantized(8, k, device="cuda")
     lora_A, lora_B = adapter(8, k, rank, dtype, "cuda")

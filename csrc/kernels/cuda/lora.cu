@@ -388,30 +388,35 @@ __global__ void __launch_bounds__(kFewThreads, 1)
   ptx::wait_cluster();  // the first block's barrier is ready
   __syncthreads();
   const int index = threadIdx.x;
-  if (index < kFewOutputs) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int group = 0; group < Product::kGroups; ++group) sum += sums[group][index];
-    ptx::send_to_rank(&parts[part][index], &parts_barrier, 0, sum);
-  }
-  if (part > 0) return;
-  ptx::wait_for_cluster(&parts_barrier);
-  const int64_t row = index / kFewRanks, rank = rank0 + index % kFewRanks;
-  if (row >= x.rows || rank >= a.rows) return;
+  if (index >= kFewOutputs) return;
   float sum = 0.0f;
-  for (uint32_t i = 0; i < part_count; ++i) sum += parts[i][index];
-  xa[row * a.rows + rank] = from_float<T>(sum * scaling);
+#pragma unroll
+  for (int group = 0; group < Product::kGroups; ++group) sum += sums[group][index];
+  if (part_count > 1) {
+    ptx::send_to_rank(&parts[part][index], &parts_barrier, 0, sum);
+    if (part > 0) return;
+    ptx::wait_for_cluster(&parts_barrier);
+    sum = 0.0f;
+    for (uint32_t i = 0; i < part_count; ++i) sum += parts[i][index];
+  }
+  const int64_t row = index / kFewRanks, rank = rank0 + index % kFewRanks;
+  if (row < x.rows && rank < a.rows) xa[row * a.rows + rank] = from_float<T>(sum * scaling);
 }
 
 template <typename T>
 void lora_down_few_rows(const std::string& problem, const Dense<T>& x, const Dense<T>& a, float scaling, T* xa,
                         cudaStream_t stream) {
   const auto kernel = x.vector && a.vector ? lora_down_few_rows_kernel<T, true> : lora_down_few_rows_kernel<T, false>;
+  const int64_t tiles = ceil_div(a.rows, kFewRanks);
   unsigned cluster = 1;
   if (has_sm_90_code(reinterpret_cast<const void*>(kernel))) {
-    while (cluster < kLargestCluster && cluster * kFewStep < x.columns) cluster *= 2;
+    const auto pays = [&](unsigned blocks) {
+      return blocks <= kLargestCluster && (blocks - 1) * kFewStep < x.columns &&
+             tiles * blocks <= current_device().sm_count;  // a second wave costs more than a longer share of k
+    };
+    while (pays(2 * cluster)) cluster *= 2;
   }
-  const unsigned grid = grid_size(ceil_div(a.rows, kFewRanks) * cluster, "lora_down");
+  const unsigned grid = grid_size(tiles * cluster, "lora_down");
   launch_kernel("lora_down", problem, {grid, kFewThreads, 0, stream, cluster, true}, kernel, x, a, scaling, xa);
 }
 

@@ -12,16 +12,16 @@
 namespace pyquant::cuda {
 namespace {
 
-// A block of threads takes a tile of consecutive elements, a whole number of quantization blocks of any size. A thread
-// takes pieces of 8 elements from it, 16 bytes in of a 16-bit type and 4 bytes out, that lie one row of pieces apart:
-// every access of a warp is contiguous, and all loads are under way before the first is used.
+// A block of threads takes a tile of consecutive elements, a whole number of quantization blocks of any size, in two
+// rows. A thread takes a piece of 32 bytes from each row, and all loads are under way before the first is used.
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kElements = 8;
-constexpr int kRow = kThreads * kElements;
+constexpr int kPieces = 2;
 template <typename T>
-constexpr int kPieces = sizeof(T) == 4 ? 2 : 4;
-static_assert(2 * kRow == 4096, "the largest blocksize");
+constexpr int kElements = 32 / sizeof(T);
+template <typename T>
+constexpr int kRow = kThreads * kElements<T>;
+static_assert(kPieces * kRow<float> == 4096, "the largest blocksize");
 
 // --- Finding the code of a normalised value ---
 //
@@ -99,12 +99,12 @@ __device__ void load_tables(Tables& tables, const Quantizer& quantizer) {
 }
 static_assert(kThreads == 256, "a thread to each pair");
 
-// Of values in [-1, 1], give or take a rounding: the four packed bytes.
+// Of eight values in [-1, 1], give or take a rounding: the four packed bytes.
 template <bool kIsFP4>
-__device__ uint32_t encode(const Tables& tables, const float (&normalised)[kElements]) {
+__device__ uint32_t encode(const Tables& tables, const float* normalised) {
   uint32_t word = 0;
 #pragma unroll
-  for (int i = 0; i < kElements; ++i) {
+  for (int i = 0; i < 8; ++i) {
     const float value = normalised[i];
     const uint32_t offset = __float_as_uint(__fmaf_rn(value, kCellScale, kCellOffset)) & kCellMask;
     const uint2 cell = *reinterpret_cast<const uint2*>(reinterpret_cast<const char*>(tables.cell) + offset);
@@ -134,33 +134,26 @@ __device__ inline uint32_t encode_any(const Tables& tables, float normalised) {
   return tables.order[below];
 }
 
-// --- Eight elements in registers ---
+// --- A thread's piece in registers ---
 
 constexpr uint32_t kInfinity = 0x7F800000u;  // its bits; those of a NaN's magnitude are greater
 
-template <typename T>
 struct Piece {
-  uint32_t word[kElements * sizeof(T) / 4];
+  uint32_t word[8];
 };
 
 template <typename T>
-__device__ Piece<T> load_piece(const T* input) {
-  Piece<T> piece;
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Piece<T>) / 16); ++i) {
-    const uint4 words = reinterpret_cast<const uint4*>(input)[i];
-    piece.word[4 * i] = words.x, piece.word[4 * i + 1] = words.y;
-    piece.word[4 * i + 2] = words.z, piece.word[4 * i + 3] = words.w;
-  }
-  return piece;
+__device__ Piece load_piece(const T* input) {
+  const uint4 low = reinterpret_cast<const uint4*>(input)[0], high = reinterpret_cast<const uint4*>(input)[1];
+  return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
 }
 
 // The first `left` elements alone, then zeros; aligned as their type is.
 template <typename T>
-__device__ Piece<T> load_part(const T* input, int64_t left) {
-  Piece<T> piece{};
+__device__ Piece load_part(const T* input, int64_t left) {
+  Piece piece{};
 #pragma unroll
-  for (int i = 0; i < kElements; ++i) {
+  for (int i = 0; i < kElements<T>; ++i) {
     if (i >= left) break;
     if constexpr (sizeof(T) == 4) {
       piece.word[i] = __float_as_uint(input[i]);
@@ -172,9 +165,9 @@ __device__ Piece<T> load_part(const T* input, int64_t left) {
 }
 
 template <typename T>
-__device__ void to_floats(const Piece<T>& piece, float (&value)[kElements]) {
+__device__ void to_floats(const Piece& piece, float (&value)[kElements<T>]) {
 #pragma unroll
-  for (int i = 0; i < kElements; i += 2) {
+  for (int i = 0; i < kElements<T>; i += 2) {
     if constexpr (sizeof(T) == 4) {
       value[i] = __uint_as_float(piece.word[i]), value[i + 1] = __uint_as_float(piece.word[i + 1]);
     } else {
@@ -185,23 +178,20 @@ __device__ void to_floats(const Piece<T>& piece, float (&value)[kElements]) {
 }
 
 // The bits of the largest magnitude as a float32. Magnitudes compare like their bits, and a NaN's bits are above
-// infinity's: the maximum keeps it. Pairs of 16-bit magnitudes are compared as such.
+// infinity's: the maximum keeps it. The shift takes the signs off; of 16-bit types, what it leaves below the upper
+// element of a pair decides between equals alone.
 template <typename T>
-__device__ uint32_t largest_magnitude(const Piece<T>& piece) {
+__device__ uint32_t largest_magnitude(const Piece& piece) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    largest = max(largest, piece.word[i] << 1);
+    if constexpr (sizeof(T) == 2) largest = max(largest, piece.word[i] << 17);
+  }
   if constexpr (sizeof(T) == 4) {
-    uint32_t largest = 0;
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) largest = max(largest, piece.word[i] & 0x7FFFFFFFu);
-    return largest;
+    return largest >> 1;
   } else {
-    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    Pair largest = __habs2(reinterpret_cast<const Pair&>(piece.word[0]));
-#pragma unroll
-    for (int i = 1; i < kElements / 2; ++i) {
-      largest = __hmax2_nan(largest, __habs2(reinterpret_cast<const Pair&>(piece.word[i])));
-    }
-    const float2 pair = unpack_pair<T>(reinterpret_cast<const uint32_t&>(largest));
-    return max(__float_as_uint(pair.x), __float_as_uint(pair.y));
+    return __float_as_uint(unpack_pair<T>(largest >> 1 & 0x7FFF0000u).y);
   }
 }
 
@@ -215,7 +205,7 @@ __device__ __noinline__ void quantize_part(const Tables& tables, const T* input,
     return encode_any(tables, full ? __fmul_rn(value, __frcp_rn(guarded)) : __fdiv_rn(value, guarded));
   };
 #pragma unroll 1
-  for (int i = 0; i < kElements && i < left; i += 2) {
+  for (int i = 0; i < kElements<T> && i < left; i += 2) {
     packed[i / 2] = static_cast<uint8_t>(code_of(i) << 4 | code_of(i + 1));
   }
 }
@@ -225,83 +215,97 @@ __global__ void __launch_bounds__(kThreads)
     quantize_4bit_kernel(const __grid_constant__ Quantizer quantizer, int blocksize_log2, const T* input, int64_t numel,
                          bool vector, uint8_t* packed, float* absmax) {
   __shared__ Tables tables;
-  __shared__ uint32_t warp_largest[kPieces<T> * kWarps];
+  __shared__ uint32_t warp_largest[kPieces * kWarps];
   ptx::wait_for_previous_kernel();
 
-  const int64_t tile = int64_t{blockIdx.x} * (kPieces<T> * kRow);
-  const int64_t left = numel - tile - threadIdx.x * kElements;  // from this thread's first element
-  input += tile + threadIdx.x * kElements;
-  packed += (tile + threadIdx.x * kElements) / 2;
-  const bool whole = vector && tile + kPieces<T> * kRow <= numel;
-  Piece<T> piece[kPieces<T>];
+  const int64_t tile = int64_t{blockIdx.x} * (kPieces * kRow<T>);
+  const int in_row = threadIdx.x * kElements<T>;
+  const int64_t left = numel - tile - in_row;  // from this thread's first element
+  input += tile + in_row;
+  packed += (tile + in_row) / 2;
+  const bool whole = vector && tile + kPieces * kRow<T> <= numel;
+  Piece piece[kPieces];
   if (whole) {
 #pragma unroll
-    for (int i = 0; i < kPieces<T>; ++i) piece[i] = load_piece(input + i * kRow);
+    for (int i = 0; i < kPieces; ++i) piece[i] = load_piece(input + i * kRow<T>);
   } else {
 #pragma unroll
-    for (int i = 0; i < kPieces<T>; ++i) piece[i] = load_part(input + i * kRow, left - i * kRow);
+    for (int i = 0; i < kPieces; ++i) piece[i] = load_part(input + i * kRow<T>, left - i * kRow<T>);
   }
   load_tables<kIsFP4>(tables, quantizer);
 
-  uint32_t largest[kPieces<T>];
+  uint32_t largest[kPieces];
 #pragma unroll
-  for (int i = 0; i < kPieces<T>; ++i) largest[i] = largest_magnitude<T>(piece[i]);
-  const int lanes = 1 << (blocksize_log2 - 3);  // pieces in a quantization block
+  for (int i = 0; i < kPieces; ++i) largest[i] = largest_magnitude<T>(piece[i]);
+  const int lanes = (1 << blocksize_log2) / kElements<T>;  // that share a quantization block
 #pragma unroll 1
   for (int distance = 1; distance < min(lanes, 32); distance <<= 1) {
 #pragma unroll
-    for (int i = 0; i < kPieces<T>; ++i) {
+    for (int i = 0; i < kPieces; ++i) {
       largest[i] = max(largest[i], __shfl_xor_sync(0xFFFFFFFFu, largest[i], distance));
     }
   }
-  if (lanes > 32 && threadIdx.x % 32 == 0) {  // the quantization block spans lanes / 32 warps
+  if (lanes > 32 && threadIdx.x % 32 == 0) {  // the quantization block spans lanes / 32 warps, perhaps of both rows
 #pragma unroll
-    for (int i = 0; i < kPieces<T>; ++i) warp_largest[i * kWarps + threadIdx.x / 32] = largest[i];
+    for (int i = 0; i < kPieces; ++i) warp_largest[i * kWarps + threadIdx.x / 32] = largest[i];
   }
   __syncthreads();
   if (lanes > 32) {
     const int warps = lanes / 32;
 #pragma unroll
-    for (int i = 0; i < kPieces<T>; ++i) {
+    for (int i = 0; i < kPieces; ++i) {
       const int first = (i * kWarps + threadIdx.x / 32) & ~(warps - 1);
       for (int j = 0; j < warps; ++j) largest[i] = max(largest[i], warp_largest[first + j]);
     }
   }
 
-  // A row is a whole number of blocks or a part of one: what is added for a row's first element and for a piece's place
-  // in the row never carries.
-  const int mask = (1 << blocksize_log2) - 1, in_row = threadIdx.x * kElements;
+  // A row is a whole number of blocks or a part of one: adding the place in the row to the row's never carries.
+  const int mask = (1 << blocksize_log2) - 1;
   absmax += (tile >> blocksize_log2) + (in_row >> blocksize_log2);
   uint32_t largest_of_all = 0;
 #pragma unroll
-  for (int i = 0; i < kPieces<T>; ++i) largest_of_all = max(largest_of_all, largest[i]);
+  for (int i = 0; i < kPieces; ++i) largest_of_all = max(largest_of_all, largest[i]);
   if (whole && largest_of_all < kInfinity) {
 #pragma unroll
-    for (int i = 0; i < kPieces<T>; ++i) {
+    for (int i = 0; i < kPieces; ++i) {
       const float true_absmax = __uint_as_float(largest[i]);
-      if (((in_row | i * kRow) & mask) == 0) absmax[i * kRow >> blocksize_log2] = true_absmax;
+      if ((in_row + i * kRow<T> & mask) == 0) absmax[i * kRow<T> >> blocksize_log2] = true_absmax;
       const float reciprocal = __frcp_rn(fmaxf(true_absmax, kMinAbsmax));
-      float value[kElements];
-      to_floats(piece[i], value);
+      float value[kElements<T>];
+      to_floats<T>(piece[i], value);
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) value[j] = __fmul_rn(value[j], reciprocal);
-      *reinterpret_cast<uint32_t*>(packed + i * (kRow / 2)) = encode<kIsFP4>(tables, value);
+      for (int j = 0; j < kElements<T>; ++j) value[j] = __fmul_rn(value[j], reciprocal);
+      uint8_t* output = packed + i * (kRow<T> / 2);
+      if constexpr (sizeof(T) == 4) {
+        *reinterpret_cast<uint32_t*>(output) = encode<kIsFP4>(tables, value);
+      } else {
+        *reinterpret_cast<uint2*>(output) =
+            make_uint2(encode<kIsFP4>(tables, value), encode<kIsFP4>(tables, value + 8));
+      }
     }
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kPieces<T>; ++i) {
-    if (left <= i * kRow) return;
-    const int in_block = (in_row | i * kRow) & mask;
-    const bool full = left - i * kRow > mask - in_block;
+  for (int i = 0; i < kPieces; ++i) {
+    if (left <= i * kRow<T>) return;
+    const int in_block = in_row + i * kRow<T> & mask;
+    const bool full = left - i * kRow<T> > mask - in_block;
     const float true_absmax = __uint_as_float(largest[i]);
     const float guarded = fmaxf(true_absmax, kMinAbsmax);
     if (in_block == 0) {
       // A partial block stores the guarded absmax, unless it is NaN, which fmaxf drops and the caller looks for.
-      absmax[i * kRow >> blocksize_log2] = full || largest[i] > kInfinity ? true_absmax : guarded;
+      absmax[i * kRow<T> >> blocksize_log2] = full || largest[i] > kInfinity ? true_absmax : guarded;
     }
-    quantize_part(tables, input + i * kRow, left - i * kRow, guarded, full, packed + i * (kRow / 2));
+    quantize_part(tables, input + i * kRow<T>, left - i * kRow<T>, guarded, full, packed + i * (kRow<T> / 2));
   }
+}
+
+// x / 65535, rounded once, for an even x up to 131070: a quotient and its correction by the remainder. That this is the
+// division's result was checked for all 65,536 arguments.
+__device__ inline float divide_by_65535(float x) {
+  constexpr float kReciprocal = 1.0f / 65535.0f;
+  const float quotient = __fmul_rn(x, kReciprocal);
+  return __fmaf_rn(__fmaf_rn(-quotient, 65535.0f, x), kReciprocal, quotient);
 }
 
 // 8-bit quantization as bitsandbytes' CPU backend does it: the normalised value is first rounded to one of 65536 equal
@@ -344,7 +348,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kValues; ++i) {
     const float normalised = fminf(fmaxf(__fmul_rn(value[i], reciprocal), -1.0f), 1.0f);
     const float step = truncf(__fadd_rn(__fmul_rn(__fmul_rn(__fadd_rn(normalised, 1.0f), 0.5f), 65535.0f), 0.5f));
-    value[i] = __fadd_rn(-1.0f, __fdiv_rn(__fmul_rn(2.0f, step), 65535.0f));
+    value[i] = __fadd_rn(-1.0f, divide_by_65535(__fmul_rn(2.0f, step)));
     node[i] = 1;
   }
 #pragma unroll
@@ -368,12 +372,12 @@ void quantize_4bit(DType dtype, const void* input, int64_t numel, QuantType type
   static const Quantizer quantizers[] = {make_quantizer(QuantType::kFP4), make_quantizer(QuantType::kNF4)};
   int blocksize_log2 = 0;
   while ((int64_t{1} << blocksize_log2) < blocksize) ++blocksize_log2;
-  const bool vector = aligned_16(input) && reinterpret_cast<uintptr_t>(packed) % 4 == 0;
+  const bool vector = aligned_16(input) && reinterpret_cast<uintptr_t>(packed) % 8 == 0;
   const std::string problem = "of " + std::to_string(numel) + " elements in blocks of " + std::to_string(blocksize);
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
     const bool is_fp4 = type == QuantType::kFP4;
-    const unsigned grid = grid_size(ceil_div(numel, kPieces<T> * kRow), "quantize_4bit");
+    const unsigned grid = grid_size(ceil_div(numel, kPieces * kRow<T>), "quantize_4bit");
     launch_kernel("quantize_4bit", problem, {grid, kThreads, 0, stream, 1, true},
                   is_fp4 ? quantize_4bit_kernel<T, true> : quantize_4bit_kernel<T, false>, quantizers[is_fp4 ? 0 : 1],
                   blocksize_log2, static_cast<const T*>(input), numel, vector, packed, absmax);
