@@ -12,8 +12,8 @@
 //   - The warps' sums of a tile are added while the next tile is multiplied.
 //   - Where K is more than a block's warps cover, the blocks of a cluster share it out and add their sums through
 //     distributed shared memory, in a fixed order.
-//   - Launched programmatically, it requests its first tiles of W before the previous kernel has ended; only x, the
-//     low-rank operands and y wait for that.
+//   - Launched programmatically, it requests its first tiles of W before the previous kernel has ended. Everything that
+//     is not the weight waits for that end. So no kernel that writes weights may let its successor start early.
 #include <algorithm>
 
 #include "kernels/cuda/launch.h"
@@ -199,8 +199,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int c = 0; c < kChunks; ++c) {
       uint4 first{}, second{};
       if (working && first_chunk + c < p.chunks) {
-        first = __ldg(reinterpret_cast<const uint4*>(from + c * kChunk));
-        second = __ldg(reinterpret_cast<const uint4*>(from + c * kChunk) + 1);
+        first = *reinterpret_cast<const uint4*>(from + c * kChunk);
+        second = *(reinterpret_cast<const uint4*>(from + c * kChunk) + 1);
       }
       x[c][u][0] = first.x, x[c][u][1] = first.y, x[c][u][2] = first.z, x[c][u][3] = first.w;
       x[c][u][4] = second.x, x[c][u][5] = second.y, x[c][u][6] = second.z, x[c][u][7] = second.w;
@@ -245,8 +245,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         store(i, v, total);
       } else {
         if (i >= kSlots) ptx::wait_barrier(&low.free[i % kSlots], (i / kSlots & 1) ^ 1);
-        ptx::store_to_rank_async(&low.inbox[i % kSlots][v / cluster_size * cluster_size + rank][lane], v % cluster_size,
-                                 total, &low.received[i % kSlots]);
+        ptx::send_to_rank(&low.inbox[i % kSlots][v / cluster_size * cluster_size + rank][lane],
+                          &low.received[i % kSlots], v % cluster_size, total);
       }
     }
     if (cluster_size > 1) {
@@ -322,9 +322,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       // The low-rank term is sixteen k more for some of the warps. The rank is even.
       const int lora_rank = static_cast<int>(p.lora.rank);
       const auto pair = [&](const void* matrix, int at_row, int r) {
-        return r < lora_rank ? __ldg(reinterpret_cast<const uint32_t*>(static_cast<const T*>(matrix) +
-                                                                       int64_t{at_row} * lora_rank + r))
-                             : 0u;
+        return r < lora_rank
+                   ? *reinterpret_cast<const uint32_t*>(static_cast<const T*>(matrix) + int64_t{at_row} * lora_rank + r)
+                   : 0u;
       };
 #pragma unroll 1
       for (int r = (rank * kWarps + warp) * 16 + 2 * t; r - 2 * t < lora_rank; r += cluster_size * kWarps * 16) {
