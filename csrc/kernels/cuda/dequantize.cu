@@ -3,6 +3,7 @@
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/weight.h"
+#include "ptx/cluster.h"
 
 namespace pyquant::cuda {
 namespace {
@@ -18,10 +19,17 @@ constexpr int kPieces = 2 * sizeof(T);
 template <typename T>
 constexpr int64_t kTile = int64_t{kThreads} * kElements<T> * kPieces<T>;
 
+// Plain loads throughout, not weight.h's __ldg: the kernel starts early, when its operands may still be being written.
 template <typename T>
 __device__ uint32_t load_packed(const uint8_t* packed) {
-  if constexpr (kElements<T> == 4) return __ldg(reinterpret_cast<const uint16_t*>(packed));
-  return __ldg(reinterpret_cast<const uint32_t*>(packed));
+  if constexpr (kElements<T> == 4) return *reinterpret_cast<const uint16_t*>(packed);
+  return *reinterpret_cast<const uint32_t*>(packed);
+}
+
+__device__ inline AbsmaxLoad load_absmax_plainly(const Weight& weight, int64_t block) {
+  const QuantizedMatrix& matrix = weight.matrix;
+  if (!matrix.double_quantized()) return {__float_as_uint(matrix.absmax[block]), 0.0f};
+  return {matrix.absmax_codes[block], matrix.nested_absmax[block / kNestedBlocksize]};
 }
 
 template <typename T>
@@ -36,10 +44,11 @@ __device__ void store_elements(T* output, const float (&value)[8]) {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_4bit_kernel(const __grid_constant__ Weight weight, bool vector, T* __restrict__ output) {
+    dequantize_4bit_kernel(const __grid_constant__ Weight weight, bool vector, T* output) {
   __shared__ DecodeTables tables;
+  ptx::wait_for_previous_kernel();
   load_tables(tables, weight);
-  const float offset = load_offset(weight);
+  const float offset = weight.matrix.double_quantized() ? *weight.matrix.offset : 0.0f;
   const int64_t numel = weight.matrix.numel();
   __syncthreads();
 
@@ -59,11 +68,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int byte = 0; byte < kElements<T> / 2; ++byte) {
           if (begin + 2 * byte < numel) {
-            word[i] |= static_cast<uint32_t>(__ldg(weight.matrix.packed + begin / 2 + byte)) << (8 * byte);
+            word[i] |= uint32_t{weight.matrix.packed[begin / 2 + byte]} << (8 * byte);
           }
         }
       }
-      absmax[i] = load_absmax(weight, begin >> weight.blocksize_log2);
+      absmax[i] = load_absmax_plainly(weight, begin >> weight.blocksize_log2);
     }
 #pragma unroll
     for (int i = 0; i < kPieces<T>; ++i) {
@@ -97,9 +106,10 @@ void dequantize_4bit(const QuantizedMatrix& matrix, DType dtype, void* output, c
     using T = decltype(element);
     const int64_t tiles = ceil_div(numel, kTile<T>);
     const unsigned grid = static_cast<unsigned>(tiles < (int64_t{1} << 30) ? tiles : (int64_t{1} << 30));
-    dequantize_4bit_kernel<T><<<grid, kThreads, 0, stream>>>(weight, vector, static_cast<T*>(output));
+    launch_kernel("dequantize_4bit", "of [" + std::to_string(matrix.n) + ", " + std::to_string(matrix.k) + "]",
+                  {grid, kThreads, 0, stream, 1, true}, dequantize_4bit_kernel<T>, weight, vector,
+                  static_cast<T*>(output));
   });
-  check_launch("dequantize_4bit", "of [" + std::to_string(matrix.n) + ", " + std::to_string(matrix.k) + "]");
 }
 
 }  // namespace pyquant::cuda
