@@ -34,7 +34,8 @@ constexpr int kChunks = 4;  // that a warp keeps
 constexpr int kTileRowBytes = kChunks * kChunk / 2;
 constexpr int kTileBytes = kRows * kTileRowBytes;  // of one warp
 constexpr int kStages = 4;
-constexpr int kAhead = 3;  // tiles whose statistics are on their way to the L2 cache
+constexpr int kEarlyStages = 2;  // requested before the previous kernel's end
+constexpr int kAhead = 3;        // tiles whose statistics are on their way to the L2 cache
 constexpr int kMaxCluster = 8;
 constexpr int kSlots = 4;   // tiles that blocks of a cluster may be apart
 constexpr int kPiece = 32;  // floats, one a lane
@@ -123,6 +124,18 @@ __global__ void __launch_bounds__(kThreads, 1)
                         (cluster + i * p.clusters) * kRows, full);
   };
 
+  if (lane == 0) {
+#pragma unroll
+    for (int stage = 0; stage < kStages; ++stage) ptx::init_barrier(&low.full[warp][stage], 1);
+    ptx::fence_barrier_init();
+    // Part of the ring at first: what the prologue loads must not queue behind more.
+    if (working) {
+#pragma unroll
+      for (int i = 0; i < kEarlyStages; ++i) request(i);
+    }
+  }
+  __syncwarp();
+
   // absmax of a tile: lane l loads those of chunks 2 (l % 2) and the next in row l / 2, and decodes them a tile later.
   // Beyond the ends of W the last ones are read: no product with them reaches y.
   const int chunk_pair = first_chunk + lane % 2 * 2;
@@ -160,22 +173,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp < kAhead && warp + 1 < tiles) prefetch_scales(warp + 1);
 
   float nested_code = 0.0f;
-  if (threadIdx.x == 0) low.offset = load_offset(weight);
+  const float offset = load_offset(weight);
   if (nested && threadIdx.x < 256) nested_code = __ldg(weight.matrix.nested_code + threadIdx.x);
 
   if (threadIdx.x < 4 + 2 * kSlots) {
     const int arrivals = threadIdx.x < 4 ? kWarps : threadIdx.x < 4 + kSlots ? 1 : kValues;
     ptx::init_barrier(low.summed + threadIdx.x, arrivals);
+    ptx::fence_barrier_init();
   }
-  if (lane < kStages) ptx::init_barrier(&low.full[warp][lane], 1);
-  ptx::fence_barrier_init();
-  if (cluster_size > 1) ptx::arrive_cluster_relaxed();
   __syncwarp();
-  // Half of the ring at first: what the prologue loads must not queue behind more.
-  if (working && lane == 0) {
-#pragma unroll
-    for (int i = 0; i < kStages / 2; ++i) request(i);
-  }
+  if (cluster_size > 1) ptx::arrive_cluster_relaxed();
 
   // The table: a thread stores 16 copies of one byte's pair.
   {
@@ -186,7 +193,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int i = 0; i < 4; ++i) copies[2 * i] = make_uint4(pair, pair, pair, pair);
   }
-  if (threadIdx.x < 256) low.nested_code[threadIdx.x] = nested_code;
 
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
@@ -208,8 +214,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   if (working && lane == 0) {
 #pragma unroll
-    for (int i = kStages / 2; i < kStages; ++i) request(i);
+    for (int i = kEarlyStages; i < kStages; ++i) request(i);
   }
+  if (threadIdx.x < 256) low.nested_code[threadIdx.x] = nested_code;
+  if (threadIdx.x == 0) low.offset = offset;
   __syncthreads();                            // the table and the barriers
   if (cluster_size > 1) ptx::wait_cluster();  // the barriers of the other blocks
 
