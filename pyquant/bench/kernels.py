@@ -341,8 +341,8 @@ def _check_product(name: str, value, truth: _Truth, mine: _Copies, setting: Sett
         if got.shape != right.shape:
             raise Wrong(f"{what} has shape {list(got.shape)}, expected {list(right.shape)}")
         error = relative_error(got, right)
-        allowed = mine.peer.error_bound * max(dense, LEAST_ERROR[setting.dtype])
-        if not error <= min(WORST_ERROR[setting.dtype], allowed):
+        dense = max(dense, LEAST_ERROR[setting.dtype])
+        if not error <= min(WORST_ERROR[setting.dtype], mine.peer.error_bound * dense):
             raise Wrong(f"{what} has relative error {error:.2e}, the dense product {dense:.2e}")
         worst = max(worst, error / dense)
     return worst

@@ -33,9 +33,10 @@ constexpr int kChunk = 64;  // k that share one absmax
 constexpr int kChunks = 4;  // that a warp keeps
 constexpr int kTileRowBytes = kChunks * kChunk / 2;
 constexpr int kTileBytes = kRows * kTileRowBytes;  // of one warp
-constexpr int kStages = 4;
-constexpr int kEarlyStages = 2;  // requested before the previous kernel's end
-constexpr int kAhead = 3;        // tiles whose statistics are on their way to the L2 cache
+// More would not be read faster: 64 KB on their way to an SM already cover the latency of memory, and what is small but
+// urgent, x and absmax, waits behind them.
+constexpr int kStages = 2;
+constexpr int kAhead = 3;  // tiles whose statistics are on their way to the L2 cache
 constexpr int kMaxCluster = 8;
 constexpr int kSlots = 4;   // tiles that blocks of a cluster may be apart
 constexpr int kPiece = 32;  // floats, one a lane
@@ -52,12 +53,12 @@ struct Low {
   float4 scale[2][kWarps][kRows];                // absmax of a warp's tile and of the next
   float inbox[kSlots][2 * kMaxCluster][kPiece];  // sums from the blocks of the cluster, of some tiles
   uint64_t full[kWarps][kStages];                // a warp's tile has arrived
-  uint64_t summed[4];                            // every warp has written its sums of a tile
+  uint64_t summed[4];                            // every thread has written its sums of a tile
   uint64_t received[kSlots];                     // the inbox is full
   uint64_t free[kSlots];  // the inboxes of the cluster have been read; the last of twelve in a row
 };
 constexpr int kLowBytes = (sizeof(Low) + 1023) / 1024 * 1024;
-constexpr int kSharedBytes = 2 * kTableBytes + (kStages - 1) * kStageBytes;
+constexpr int kSharedBytes = 2 * kTableBytes + (kStages - 1) * kStageBytes + 2 * kThreads * sizeof(uint4);
 static_assert(kLowBytes + 1024 <= kTableBytes, "below the first multiple of 64 KB but for the runtime's own 1 KB");
 
 // The row, of the upper 8 of a tile, that lanes 4g … 4g + 3 hold: such that the 8-byte reads of half a warp from rows
@@ -128,10 +129,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) ptx::init_barrier(&low.full[warp][stage], 1);
     ptx::fence_barrier_init();
-    // Part of the ring at first: what the prologue loads must not queue behind more.
     if (working) {
 #pragma unroll
-      for (int i = 0; i < kEarlyStages; ++i) request(i);
+      for (int i = 0; i < kStages; ++i) request(i);
     }
   }
   __syncwarp();
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (nested && threadIdx.x < 256) nested_code = __ldg(weight.matrix.nested_code + threadIdx.x);
 
   if (threadIdx.x < 4 + 2 * kSlots) {
-    const int arrivals = threadIdx.x < 4 ? kWarps : threadIdx.x < 4 + kSlots ? 1 : kValues;
+    const int arrivals = threadIdx.x < 4 ? kThreads : threadIdx.x < 4 + kSlots ? 1 : kValues;
     ptx::init_barrier(low.summed + threadIdx.x, arrivals);
     ptx::fence_barrier_init();
   }
@@ -197,6 +197,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
 
+  // With 16 rows and the low-rank term the registers do not suffice: the last part of x lies in shared memory.
+  constexpr bool kParkX = kLora && kTokenTiles == 2;
+  uint4* parked = reinterpret_cast<uint4*>(table + kTableBytes + (kStages - 1) * kStageBytes) + threadIdx.x;
   uint32_t x[kChunks][kTokenTiles][8];
 #pragma unroll
   for (int u = 0; u < kTokenTiles; ++u) {
@@ -208,13 +211,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         first = *reinterpret_cast<const uint4*>(from + c * kChunk);
         second = *(reinterpret_cast<const uint4*>(from + c * kChunk) + 1);
       }
+      if (kParkX && c == kChunks - 1 && u == 1) {
+        parked[0] = first, parked[kThreads] = second;
+        continue;
+      }
       x[c][u][0] = first.x, x[c][u][1] = first.y, x[c][u][2] = first.z, x[c][u][3] = first.w;
       x[c][u][4] = second.x, x[c][u][5] = second.y, x[c][u][6] = second.z, x[c][u][7] = second.w;
     }
-  }
-  if (working && lane == 0) {
-#pragma unroll
-    for (int i = kEarlyStages; i < kStages; ++i) request(i);
   }
   if (threadIdx.x < 256) low.nested_code[threadIdx.x] = nested_code;
   if (threadIdx.x == 0) low.offset = offset;
@@ -296,6 +299,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         const uint2 upper = *reinterpret_cast<const uint2*>(tile + (offset_in_tile ^ c << 5));
         const uint2 lower = *reinterpret_cast<const uint2*>(tile + (offset_in_tile ^ c << 5) + kTileBytes / 2);
         if (c == kChunks - 1) decode_scales(i + 1);
+        if (kParkX && c == kChunks - 1) {
+          const uint4 first = parked[0], second = parked[kThreads];
+          x[c][1][0] = first.x, x[c][1][1] = first.y, x[c][1][2] = first.z, x[c][1][3] = first.w;
+          x[c][1][4] = second.x, x[c][1][5] = second.y, x[c][1][6] = second.z, x[c][1][7] = second.w;
+        }
         ptx::FragC product[kTokenTiles] = {};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -354,8 +362,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int v = 0; v < kValues; ++v) {
       piece((i % kBuffers * kWarps + warp) * kValues + v)[lane] = sum[v / 4].value[v % 4];
     }
-    __syncwarp();
-    if (lane == 0) ptx::arrive(&low.summed[i % kBuffers]);
+    ptx::arrive(&low.summed[i % kBuffers]);
   }
   for (int i = max(tiles - kLag, 0); i < tiles; ++i) add_warps(i);
   if (cluster_size > 1) {
