@@ -1,10 +1,10 @@
-#include "kernels/cuda/tensor_map.h"
-
 #include <cudaTypedefs.h>
 #include <cuda_runtime_api.h>
 
 #include <stdexcept>
 #include <string>
+
+#include "kernels/cuda/tensor_map.h"
 
 namespace pyquant::cuda {
 namespace {
@@ -33,9 +33,9 @@ CUtensorMap make_tensor_map(const void* base, CUtensorMapDataType type, int64_t 
   const cuuint64_t pitches[1] = {static_cast<cuuint64_t>(pitch)};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
-  const CUresult result = encode(&map, type, 2, const_cast<void*>(base), sizes, pitches, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, type, 2, const_cast<void*>(base), sizes, pitches, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("pyquant: cuTensorMapEncodeTiled refused a [" + std::to_string(rows) + ", " +
                              std::to_string(columns) + "] matrix with rows " + std::to_string(pitch) +
