@@ -1,6 +1,7 @@
 #include "dispatch/linear_plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -21,6 +22,8 @@ const char* name_of(LinearKernel kernel) {
       return "few_rows";
     case LinearKernel::kSmallM:
       return "small_m";
+    case LinearKernel::kWgmma:
+      return "wgmma";
     case LinearKernel::kMma:
       return "mma";
     default:
@@ -114,6 +117,37 @@ LinearPlan mma_plan(const LinearProblem& p, int tile, int split) {
   return plan;
 }
 
+// The tensor memory accelerator wants rows of multiples of 16 bytes.
+bool wgmma_legal(const LinearProblem& p) {
+  return p.dtype != DType::kFloat32 && p.arch == 90 && p.sm_90a && p.aligned && p.k % 64 == 0 && p.rank % 8 == 0 &&
+         (p.direction == LinearDirection::kForward || p.n % 8 == 0) && p.n * p.k < (int64_t{1} << 36) &&
+         std::max({p.m, p.n, p.k}) < (int64_t{1} << 30);
+}
+
+// Blocks that run at a time in clusters of `split`, as a part of all multiprocessors: clusters stay within a GPC.
+// Measured on an H200.
+constexpr double kClusterShare[9] = {0.0,         1.0,         1.0,         117 / 132.0, 120 / 132.0,
+                                     110 / 132.0, 102 / 132.0, 105 / 132.0, 120 / 132.0};
+
+LinearPlan wgmma_plan(const LinearProblem& p, int tokens, int split) {
+  LinearPlan plan{LinearKernel::kWgmma, tokens, 128, 64, split, 0.0};
+  const int64_t tiles = ceil_div(p.m, tokens) * ceil_div(p.columns(), 128);
+  const double clusters = std::max(1.0, std::floor(p.sm_count * kClusterShare[split] / split));
+  const double waves = std::ceil(static_cast<double>(tiles) / clusters);
+  const double steps = static_cast<double>(ceil_div(ceil_div(p.reduction(), 64), split) + ceil_div(p.rank, 64));
+  // Measured on an H200, microseconds: a step, a tile's beginning and end, and the exchange of a split tile's parts.
+  const double step = (tokens == 256   ? 0.70
+                       : tokens == 128 ? 0.53
+                       : tokens == 64  ? 0.46
+                                       : 0.43) *
+                      (p.direction == LinearDirection::kForward ? 1.0 : 1.25);
+  const double exchange = split > 1 ? 0.3 + 0.016 * tokens : 0.0;
+  plan.microseconds = 3.5 + std::max(waves * (steps * step + 2.0 + exchange), weight_bytes(p) / kBytesPerMicrosecond);
+  // Sharing halves what blocks read and couples their pace: of use where all run together from beginning to end.
+  plan.share = split == 1 && tokens == 256 && p.columns() > 128 && tiles <= p.sm_count;
+  return plan;
+}
+
 LinearPlan simt_plan(const LinearProblem& p) {
   LinearPlan plan{LinearKernel::kSimt, 64, 64, 16, 1, 0.0};
   const double tiles = static_cast<double>(ceil_div(p.m, 64)) * ceil_div(p.columns(), 64);
@@ -134,6 +168,13 @@ std::vector<LinearPlan> candidates(const LinearProblem& p) {
   if (stream_legal(p)) plans.push_back(stream_plan(p));
   if (few_rows_legal(p)) {
     for (int tile : {16, 32}) plans.push_back(few_rows_plan(p, tile));
+  }
+  if (wgmma_legal(p)) {
+    for (int tokens : {32, 64, 128, 256}) {
+      // Every part of a split tile has at least one step, and eight tokens to add up.
+      const int64_t parts = std::min<int64_t>(tokens / 8, ceil_div(p.reduction(), 64));
+      for (int split = 1; split <= std::min<int64_t>(parts, 8); ++split) plans.push_back(wgmma_plan(p, tokens, split));
+    }
   }
   if (p.dtype != DType::kFloat32 && p.arch >= 80) {
     for (int tile : {128, 64}) {

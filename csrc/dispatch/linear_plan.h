@@ -20,7 +20,8 @@ struct LinearProblem {
   DType dtype;
   int64_t rank;  // of the low-rank term, 0 without one
   int64_t blocksize;
-  int arch;  // 10 · major + minor
+  int arch;     // 10 · major + minor
+  bool sm_90a;  // the library has machine code for sm_90a
   int sm_count;
   bool aligned;  // pointers are 16-byte aligned: vector accesses wherever the shape allows them
 
@@ -41,7 +42,7 @@ struct LinearPlan {
   LinearKernel kernel;
   int tile_m, tile_n, tile_k;  // of the output, and of one step along the reduction
   int split;  // kMma: blocks that share an output tile, each with a part of the reduction; kSmallM: warps likewise;
-              // kStream: blocks of a cluster likewise
+              // kStream, kWgmma: blocks of a cluster likewise
   double microseconds;  // the cost model's estimate, by which candidates are ranked
   bool share = false;   // kWgmma: pairs of blocks share the activations that they copy
 
@@ -49,8 +50,8 @@ struct LinearPlan {
   int64_t workspace(const LinearProblem& problem) const;
 };
 
-// The best legal plan. PYQUANT_KERNEL=stream, few_rows, small_m, mma or simt forces a kernel wherever it is legal, for
-// tests.
+// The best legal plan. PYQUANT_KERNEL=stream, few_rows, small_m, wgmma, mma or simt forces a kernel wherever it is
+// legal, for tests.
 LinearPlan plan_linear(const LinearProblem& problem);
 
 // With PYQUANT_LOG=plan, prints each distinct choice once to stderr.

@@ -55,6 +55,7 @@ std::string explain_plan(int64_t m, int64_t n, int64_t k, const std::string& dty
   problem.rank = rank;
   problem.blocksize = blocksize;
   problem.arch = arch;
+  problem.sm_90a = arch == 90;
   problem.sm_count = sm_count;
   problem.aligned = true;
   return describe(problem, plan_linear(problem));

@@ -270,7 +270,7 @@ def test_kernels_that_start_early_see_what_the_kernels_before_them_wrote():
 
 
 # The variable forces a kernel wherever it is legal; the other shapes fall to another one.
-@pytest.mark.parametrize("kernel", ["stream", "few_rows", "small_m", "mma", "simt"])
+@pytest.mark.parametrize("kernel", ["stream", "few_rows", "small_m", "wgmma", "mma", "simt"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("n", "k", "blocksize", "nested", "quant_type"),

@@ -1,5 +1,6 @@
 // linear_4bit and linear_4bit_dx: describe the problem, take the plan, launch its kernel.
 #include <algorithm>
+#include <cstring>
 
 #include "dispatch/linear_plan.h"
 #include "kernels/cuda/kernels.h"
@@ -21,6 +22,7 @@ LinearProblem problem_of(LinearDirection direction, const QuantizedMatrix& weigh
   problem.rank = rank;
   problem.blocksize = weight.blocksize;
   problem.arch = device.arch;
+  problem.sm_90a = std::strstr(PYQUANT_CUDA_ARCHS, "90a") != nullptr;
   problem.sm_count = device.sm_count;
   problem.aligned = aligned;
   return problem;
@@ -54,6 +56,8 @@ void run(LinearDirection direction, const LinearArguments& arguments, cudaStream
       return linear_few_rows(arguments, plan, stream);
     case LinearKernel::kSmallM:
       return linear_small_m(arguments, plan, stream);
+    case LinearKernel::kWgmma:
+      return linear_wgmma(arguments, direction, plan, stream);
     case LinearKernel::kMma:
       return linear_mma(arguments, direction, plan, stream);
     case LinearKernel::kSimt:

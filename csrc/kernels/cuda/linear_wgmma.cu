@@ -6,8 +6,6 @@
 // reduction, the same threads decode the next one's weights straight into the registers of the left operand. Decoded
 // weights are never stored. Blocks are persistent; pairs of them (clusters) share the activations they copy, and where
 // the tiles do not fill the GPU a cluster shares a tile and adds its parts through distributed shared memory.
-#include <cudaTypedefs.h>
-
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -18,6 +16,7 @@
 #include "kernels/cuda/linear_kernels.h"
 #include "kernels/cuda/tensor_map.h"
 #include "ptx/cluster.h"
+#include "ptx/shared_memory.h"
 #include "ptx/tma.h"
 #include "ptx/wgmma.h"
 
@@ -25,10 +24,10 @@ namespace pyquant::cuda {
 namespace {
 
 constexpr int kStep = 64;
-constexpr int kTileW = 128;       // rows of the left operand a block
-constexpr int kConsumers = 256;   // threads: two warpgroups
+constexpr int kTileW = 128;      // rows of the left operand a block
+constexpr int kConsumers = 256;  // threads: two warpgroups
 constexpr int kThreads = kConsumers + 128;
-constexpr int kScaleWarps = 2;
+[[maybe_unused]] constexpr int kScaleWarps = 2;
 constexpr int kPackedBytes = kTileW * kStep / 2;  // of W, a step
 constexpr int kScaleBytes = 2048;                 // decoded absmax, a step
 constexpr int kGroup = 8;                         // tiles of tokens that run side by side
@@ -85,85 +84,13 @@ struct Ring {
   }
 };
 
-__device__ inline void wait_phase(uint32_t barrier, uint32_t parity) {
-#ifdef PYQUANT_BOUNDED_WAITS
-#pragma unroll 1
-  for (int i = 0; i < 100000; ++i) {
-    uint32_t done;
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-    if (done) return;
-  }
-  __trap();
-#else
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "WAIT_%=:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra WAIT_%=;\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-#endif
-}
-
-__device__ inline bool test_phase(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
-__device__ inline void arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ inline void expect_bytes(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ inline uint4 load_16(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
-  return v;
-}
-__device__ inline uint2 load_8(uint32_t address) {
-  uint2 v;
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
-  return v;
-}
-__device__ inline uint32_t load_4(uint32_t address) {
-  uint32_t v;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));
-  return v;
-}
-__device__ inline void store_16(uint32_t address, uint4 v) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-__device__ inline void store_8(uint32_t address, uint32_t a, uint32_t b) {
-  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
-}
-__device__ inline void store_4(uint32_t address, uint32_t v) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
-}
-__device__ inline void store_2(uint32_t address, uint16_t v) {
-  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
-}
-
 template <int kBarrier>
 __device__ inline void sync_threads(int threads) {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
 }
 
 // A value that the compiler keeps in a register and does not compute again.
-__device__ inline uint32_t kept(uint32_t value) {
+[[maybe_unused]] __device__ inline uint32_t kept(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
 }
@@ -188,7 +115,7 @@ __device__ inline uint32_t scaled(uint32_t pair, uint32_t high, uint32_t low) {
 struct Tile {
   int token0, row0;
 };
-__device__ inline Tile tile_of(const Parameters& p, int unit, int rank, int tokens) {
+[[maybe_unused]] __device__ inline Tile tile_of(const Parameters& p, int unit, int rank, int tokens) {
   const int group_units = kGroup * p.tiles_w;
   const int group = unit / group_units, in_group = unit % group_units;
   const int group_rows = min(kGroup, p.tiles_m - group * kGroup);
@@ -211,7 +138,7 @@ struct AbsmaxReader {
   int codes_log2;  // codes a word
   uint32_t last;   // block
 
-  __device__ void fetch(uint32_t index, uint32_t& word, float& nested_absmax) const {
+  [[maybe_unused]] __device__ void fetch(uint32_t index, uint32_t& word, float& nested_absmax) const {
     const QuantizedMatrix& matrix = weight.matrix;
     index = min(index, last >> codes_log2);
     if (!nested) {
@@ -223,10 +150,10 @@ struct AbsmaxReader {
     nested_absmax = __ldg(matrix.nested_absmax + (index << codes_log2 >> 8));
   }
 
-  __device__ float finish(uint32_t word, float nested_absmax, uint32_t block, uint32_t nested_code) const {
+  [[maybe_unused]] __device__ float finish(uint32_t word, float nested_absmax, uint32_t block, uint32_t nested_code) const {
     if (!nested) return __uint_as_float(word) * factor;
     const uint32_t code = codes_log2 > 0 ? word >> 8 * (block & 3) & 255u : word;
-    const float value = __uint_as_float(load_4(nested_code + 4 * code));
+    const float value = __uint_as_float(ptx::load_4(nested_code + 4 * code));
     return __fadd_rn(__fmul_rn(value, nested_absmax), offset) * factor;
   }
 };
@@ -266,10 +193,10 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
 
   if (threadIdx.x == kConsumers) {
     for (int stage = 0; stage < kStages; ++stage) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(full(stage)), "r"(1 + kScaleWarps) : "memory");
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty(stage)), "r"(p.share ? 16 : 8) : "memory");
+      ptx::init_barrier(full(stage), 1 + kScaleWarps);
+      ptx::init_barrier(empty(stage), p.share ? 16 : 8);
     }
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(empty(kStages)) : "memory");
+    ptx::init_barrier(empty(kStages), 1);
     ptx::fence_barrier_init();
     ptx::prefetch_tensor_map(&p.input);
     ptx::prefetch_tensor_map(&p.packed);
@@ -289,18 +216,18 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
           const Tile tile = tile_of(p, unit, rank, kTokens);
           const auto copy_lora = [&] {
             for (int i = 0; i < lora_steps; ++i) {
-              wait_phase(empty(ring.stage), ring.phase ^ 1);
-              expect_bytes(full(ring.stage), slot_bytes);
+              ptx::wait_phase(empty(ring.stage), ring.phase ^ 1);
+              ptx::expect_bytes(full(ring.stage), slot_bytes);
               ptx::copy_tile(slot_at(ring.stage), &p.left, i * kStep, tile.token0, full(ring.stage));
               ring.advance<kStages>();
             }
           };
           if (lora_first) copy_lora();
           for (int step = first_step; step < first_step + steps; ++step) {
-            wait_phase(empty(ring.stage), ring.phase ^ 1);
+            ptx::wait_phase(empty(ring.stage), ring.phase ^ 1);
             const uint32_t slot = slot_at(ring.stage), barrier = full(ring.stage);
             const uint32_t packed = window + L::kPacked + ring.stage * kPackedBytes;
-            expect_bytes(barrier, slot_bytes + kPackedBytes);
+            ptx::expect_bytes(barrier, slot_bytes + kPackedBytes);
             if (p.share) {
               ptx::copy_tile_to_ranks(slot + rank * (slot_bytes / 2), &p.input, step * kStep,
                                       tile.token0 + rank * (kTokens / 2), barrier, 3);
@@ -323,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       const QuantizedMatrix& matrix = p.weight.matrix;
       if (matrix.double_quantized()) {
         for (int i = id; i < 256; i += 32 * kScaleWarps) {
-          store_4(window + kNested + 4 * i, __float_as_uint(__ldg(matrix.nested_code + i)));
+          ptx::store_4(window + kNested + 4 * i, __float_as_uint(__ldg(matrix.nested_code + i)));
         }
         sync_threads<4>(32 * kScaleWarps);
       }
@@ -335,10 +262,10 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
                                 matrix.double_quantized(),
                                 p.vector_codes ? 2 : 0,
                                 static_cast<uint32_t>(matrix.blocks() - 1)};
-      const auto take_slot = [&] { wait_phase(empty(ring.stage), ring.phase ^ 1); };
+      const auto take_slot = [&] { ptx::wait_phase(empty(ring.stage), ring.phase ^ 1); };
       const auto finish_slot = [&] {
         __syncwarp();
-        if (lane == 0) arrive(full(ring.stage));
+        if (lane == 0) ptx::arrive(full(ring.stage));
         ring.advance<kStages>();
       };
       const auto pass_lora_slots = [&] {
@@ -385,12 +312,12 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
             take_slot();
             const uint32_t scales = window + kScales + ring.stage * kScaleBytes + id * 8;
 #pragma unroll
-            for (int i = 0; i < 2; ++i) store_8(scales + i * 512, high[i], low[i]);
+            for (int i = 0; i < 2; ++i) ptx::store_8(scales + i * 512, high[i], low[i]);
             if (shift == 0) {
 #pragma unroll
               for (int i = 0; i < 2; ++i) {
                 scale(i, 1, high[i], low[i]);
-                store_8(scales + 1024 + i * 512, high[i], low[i]);
+                ptx::store_8(scales + 1024 + i * 512, high[i], low[i]);
               }
             }
             position[0] += 2, position[1] += 2;
@@ -431,8 +358,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
 #pragma unroll
             for (int set = 0; set < 4; ++set) {
               if (set >= sets) break;
-              store_2(scales + set * 256, *reinterpret_cast<const uint16_t*>(&high[set]));
-              store_2(scales + set * 256 + 4, *reinterpret_cast<const uint16_t*>(&low[set]));
+              ptx::store_2(scales + set * 256, *reinterpret_cast<const uint16_t*>(&high[set]));
+              ptx::store_2(scales + set * 256 + 4, *reinterpret_cast<const uint16_t*>(&low[set]));
             }
             finish_slot();
             if (step == first_step && !lora_first) pass_lora_slots();
@@ -449,9 +376,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
   // The first nibble of a byte is the even weight. Eight threads write an entry, 16 bytes each.
   for (int i = threadIdx.x; i < 256 * 8; i += kConsumers) {
     const int byte = i / 8;
-    const uint32_t pair = pack_pair<T>(p.weight.codebook[byte >> 4] * p.table_scale,
-                                       p.weight.codebook[byte & 15] * p.table_scale);
-    store_16(window + kTable + i * 16, make_uint4(pair, pair, pair, pair));
+    const uint32_t pair =
+        pack_pair<T>(p.weight.codebook[byte >> 4] * p.table_scale, p.weight.codebook[byte & 15] * p.table_scale);
+    ptx::store_16(window + kTable + i * 16, make_uint4(pair, pair, pair, pair));
   }
   sync_threads<3>(kConsumers);
 
@@ -464,15 +391,15 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
   const int flip = kForward ? g >> 2 : 0;
   const int column = kForward ? 64 * group + 16 * w + 2 * g : 64 * group + 32 * (w / 2) + 2 * (w & 1) + 4 * g;
 
-  // Halves of steps, 32 along the reduction, go through a pipeline: packed words, looked-up pairs, pairs times absmax in
-  // the registers of the operand, products. While two products of one half run, the next half is decoded.
+  // Halves of steps, 32 along the reduction, go through a pipeline: packed words, looked-up pairs, pairs times absmax
+  // in the registers of the operand, products. While two products of one half run, the next half is decoded.
   uint32_t operand[16], pairs[8], words[kForward ? 16 : 8], scales[kForward ? 4 : 8];
   const bool blocksize_32 = p.weight.blocksize_log2 == 5;
   // Twice the address of a look-up, but for the byte, which goes to bits 8 to 15.
   const uint32_t lane_table = kept(2 * (window | kTable | lane * 4));
   const uint32_t selector = kept(0x7604u | (kForward ? t : w & 1) << 4);
   const auto look_up = [&](uint32_t word, uint32_t byte_selector) {
-    return load_4(__byte_perm(word, lane_table, byte_selector) >> 1);
+    return ptx::load_4(__byte_perm(word, lane_table, byte_selector) >> 1);
   };
 
   const uint32_t row_low = column + flip;   // forward
@@ -482,39 +409,37 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
            (kForward ? row_low * 32 + (row_low >> 2 & 1) * 16 : lane * 64 + (slab ^ (lane >> 1 & 3)) * 16));
   const uint32_t scales_at =
       kept(window + kScales + (kForward ? row_low * 8 : (blocksize_32 ? slab : group) * 256 + t * 16));
-  const uint32_t to_high = kept(flip != 0 ? -1 : 1);            // from row_low to the lane's other row
+  const uint32_t to_high = kept(flip != 0 ? -1 : 1);             // from row_low to the lane's other row
   const uint32_t second_scales = kept(blocksize_32 ? 1024 : 0);  // forward: from a step's first half to its second
 
   const auto load_words = [&](uint32_t at, int half) {
     if constexpr (kForward) {
-      const uint4 low = load_16(at ^ 16 * half);
-      const uint4 high = load_16((at ^ 16 * half) + to_high * 32);
+      const uint4 low = ptx::load_16(at ^ 16 * half);
+      const uint4 high = ptx::load_16((at ^ 16 * half) + to_high * 32);
       uint32_t* to = words + 8 * half;
       to[0] = low.x, to[1] = high.x, to[2] = low.y, to[3] = high.y;
       to[4] = low.z, to[5] = high.z, to[6] = low.w, to[7] = high.w;
     } else {
       uint32_t* to = words + 4 * half;
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                   : "r"(at + half * 2048));
+      ptx::load_matrices_transposed(to, at + half * 2048);
     }
   };
   const auto look_up_half = [&](int half) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      pairs[i] = kForward ? look_up(words[8 * half + i], selector)
-                          : look_up(words[4 * half + i / 2], selector + i % 2 * 0x20);
+      pairs[i] =
+          kForward ? look_up(words[8 * half + i], selector) : look_up(words[4 * half + i / 2], selector + i % 2 * 0x20);
     }
   };
   const auto load_scales = [&](uint32_t at, int half) {
     if constexpr (kForward) {
       if (half == 1) at += second_scales;
-      const uint2 low = load_8(at), high = load_8(at + to_high * 8);
+      const uint2 low = ptx::load_8(at), high = ptx::load_8(at + to_high * 8);
       scales[0] = low.x, scales[1] = low.y, scales[2] = high.x, scales[3] = high.y;
     } else {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint4 scale = load_16(at + (2 * half + i) * 64);
+        const uint4 scale = ptx::load_16(at + (2 * half + i) * 64);
         scales[4 * i] = scale.x, scales[4 * i + 1] = scale.y, scales[4 * i + 2] = scale.z, scales[4 * i + 3] = scale.w;
       }
     }
@@ -561,9 +486,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     if (releases != 0) ptx::arrive_in_rank(release_at + 8 * stage);
   };
 
-  Ring ring;                        // the next slot
+  Ring ring;                            // the next slot
   int current = 0, previous = kStages;  // kStages: no slot, a barrier that nobody waits for
-  bool ready = false;               // the next slot is known to be full
+  bool ready = false;                   // the next slot is known to be full
   // One step, and the decoding of what follows it, of this tile or the next. Behind the very last step nothing follows,
   // and what is decoded is never used: between products, registers may be written in straight lines of code only, or
   // the compiler lets every product wait for the one before.
@@ -580,7 +505,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       }
       ptx::commit_products();
       look_up_half(half ^ 1);
-      if (half == 0 && more && !ready) wait_phase(full(upcoming), ring.phase);
+      if (half == 0 && more && !ready) ptx::wait_phase(full(upcoming), ring.phase);
       load_words(next_words, half);
       ptx::wait_products<1>();
       if (half == 0) release(previous);
@@ -591,12 +516,12 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     if (more) {
       current = upcoming;
       ring.advance<kStages>();
-      ready = test_phase(full(ring.stage), ring.phase);
+      ready = ptx::test_phase(full(ring.stage), ring.phase);
     }
   };
   // Fills the pipeline.
   const auto start = [&] {
-    wait_phase(full(ring.stage), ring.phase);
+    ptx::wait_phase(full(ring.stage), ring.phase);
     current = ring.stage;
     ring.advance<kStages>();
     const uint32_t first_words = words_at + current * kPackedBytes, first_scales = scales_at + current * kScaleBytes;
@@ -617,7 +542,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
 
     for (int i = 0; i < lora_steps; ++i) {
       if (i > 0) load_factor(tile.row0, i);
-      wait_phase(full(ring.stage), ring.phase);
+      ptx::wait_phase(full(ring.stage), ring.phase);
       const uint32_t b = ptx::operand_128(slot_at(ring.stage));
       const auto multiply = [&](auto chunks) {
         ptx::fence_products();
@@ -696,9 +621,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     const int column0 = tile.row0 + 64 * group;
     const uint32_t gather = window + kGather + group * 2 * kGatherBytes;
     const auto put = [&](uint32_t buffer, int token, float low, float high) {
-      const uint32_t pair = flip != 0 ? pack_pair<T>(high + bias_high, low + bias_low)
-                                      : pack_pair<T>(low + bias_low, high + bias_high);
-      store_4(buffer + token * 128 + ((column - 64 * group) * 2 ^ (token & 7) << 4), pair);
+      const uint32_t pair =
+          flip != 0 ? pack_pair<T>(high + bias_high, low + bias_low) : pack_pair<T>(low + bias_low, high + bias_high);
+      ptx::store_4(buffer + token * 128 + ((column - 64 * group) * 2 ^ (token & 7) << 4), pair);
     };
     const auto sync_group = [&] { group == 0 ? sync_threads<1>(128) : sync_threads<2>(128); };
     constexpr int kPass = kTokens < kGatherTokens ? kTokens : kGatherTokens;
@@ -726,7 +651,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       sync_group();
       const int piece = threadIdx.x % 8;
       for (int token = threadIdx.x % 128 / 8; token < tokens; token += 16) {
-        const uint4 v = load_16(gather + token * 128 + (piece ^ (token & 7)) * 16);
+        const uint4 v = ptx::load_16(gather + token * 128 + (piece ^ (token & 7)) * 16);
         const int row = token0 + token, at = column0 + piece * 8;
         if (row >= p.m || at >= p.columns) continue;
         T* to = static_cast<T*>(p.output) + int64_t{row} * p.columns + at;
@@ -761,9 +686,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       const uint32_t mine = window + L::kExchange + threadIdx.x * 16;
 #pragma unroll
       for (int j = 0; j < kTokens / 8; ++j) {
-        store_16(mine + j * (kConsumers * 16),
-                 make_uint4(__float_as_uint(sum[4 * j]), __float_as_uint(sum[4 * j + 1]),
-                            __float_as_uint(sum[4 * j + 2]), __float_as_uint(sum[4 * j + 3])));
+        ptx::store_16(mine + j * (kConsumers * 16),
+                      make_uint4(__float_as_uint(sum[4 * j]), __float_as_uint(sum[4 * j + 1]),
+                                 __float_as_uint(sum[4 * j + 2]), __float_as_uint(sum[4 * j + 3])));
       }
       ptx::arrive_cluster(), ptx::wait_cluster();
       // Of the tile's tokens this block adds up its share, the parts in their order.
@@ -788,6 +713,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
   if (w == 0 && lane == 0) ptx::wait_stores();
   // No block of a cluster ends while another may still reach into its shared memory.
   if (cluster > 1) __syncwarp(), ptx::arrive_cluster(), ptx::wait_cluster();
+#else
+  __trap();  // the plan takes this kernel only where there is code for sm_90a
 #endif
 }
 
@@ -866,22 +793,10 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   const unsigned cluster = p.share ? 2 : p.split;
   const int64_t units = int64_t{p.tiles_m} * p.tiles_w;
   const int64_t resident = p.split > 1 ? units : std::max<int64_t>(1, current_device().sm_count / cluster);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = cluster;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid_size(std::min(units, resident) * cluster, "linear_wgmma");
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
-  cudaLaunchKernelEx(&config, kernel, p);
-  check_launch("linear_wgmma", "of " + std::to_string(p.m) + " rows and a [" + std::to_string(matrix.n) + ", " +
-                                   std::to_string(matrix.k) + "] weight");
+  const std::string problem = "of " + std::to_string(p.m) + " rows and a [" + std::to_string(matrix.n) + ", " +
+                              std::to_string(matrix.k) + "] weight";
+  const unsigned grid = grid_size(std::min(units, resident) * cluster, "linear_wgmma");
+  launch_kernel("linear_wgmma", problem, Launch{grid, kThreads, kSharedBytes, stream, cluster, true}, kernel, p);
 }
 
 template <typename T, LinearDirection kDirection>
@@ -904,9 +819,8 @@ void linear_wgmma(const LinearArguments& arguments, LinearDirection direction, c
                   cudaStream_t stream) {
   with_half_type(arguments.dtype, [&](auto element) {
     using T = decltype(element);
-    direction == LinearDirection::kForward
-        ? launch_tokens<T, LinearDirection::kForward>(arguments, plan, stream)
-        : launch_tokens<T, LinearDirection::kDx>(arguments, plan, stream);
+    direction == LinearDirection::kForward ? launch_tokens<T, LinearDirection::kForward>(arguments, plan, stream)
+                                           : launch_tokens<T, LinearDirection::kDx>(arguments, plan, stream);
   });
 }
 
