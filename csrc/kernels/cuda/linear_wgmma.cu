@@ -150,7 +150,8 @@ struct AbsmaxReader {
     nested_absmax = __ldg(matrix.nested_absmax + (index << codes_log2 >> 8));
   }
 
-  [[maybe_unused]] __device__ float finish(uint32_t word, float nested_absmax, uint32_t block, uint32_t nested_code) const {
+  [[maybe_unused]] __device__ float finish(uint32_t word, float nested_absmax, uint32_t block,
+                                           uint32_t nested_code) const {
     if (!nested) return __uint_as_float(word) * factor;
     const uint32_t code = codes_log2 > 0 ? word >> 8 * (block & 3) & 255u : word;
     const float value = __uint_as_float(ptx::load_4(nested_code + 4 * code));
