@@ -10,9 +10,8 @@
 //     of 16. Its tiles arrive in a ring of its own, which it refills itself through the tensor memory accelerator: no
 //     warp waits for another's copies.
 //   - The warps' sums of a tile are added while the next tile is multiplied.
-//   - A team of warps covers the part of k that its block keeps, and a block has as many teams as find room, each with
-//     rows of its own. Where K is more than a block's warps cover, or where x is better spread, the blocks of a cluster
-//     share out k and add their sums through distributed shared memory, in a fixed order.
+//   - Where K is more than a block's warps cover, the blocks of a cluster share it out and add their sums through
+//     distributed shared memory, in a fixed order.
 //   - Launched programmatically, it requests its first tiles of W before the previous kernel has ended. Everything that
 //     is not the weight waits for that end. So no kernel that writes weights may let its successor start early.
 #include <algorithm>
@@ -39,9 +38,7 @@ constexpr int kTileBytes = kRows * kTileRowBytes;  // of one warp
 constexpr int kStages = 2;
 constexpr int kAhead = 3;  // tiles whose statistics are on their way to the L2 cache
 constexpr int kMaxCluster = 8;
-constexpr int kMaxTeams = 4;  // of a block in a cluster
-constexpr int kSlots = 4;     // tiles that blocks of a cluster may be apart
-constexpr int kMaxBuffers = 4;
+constexpr int kSlots = 4;   // tiles that blocks of a cluster may be apart
 constexpr int kPiece = 32;  // floats, one a lane
 
 // Shared memory: what fits below the table, the table, and the rest of the ring.
@@ -53,21 +50,15 @@ struct Low {
   unsigned char stage0[kStageBytes];
   float nested_code[256];
   float offset;
-  float4 scale[2][kWarps][kRows];  // absmax of a warp's tile and of the next
-  uint64_t full[kWarps][kStages];  // a warp's tile has arrived
-  struct {
-    uint64_t summed[kMaxBuffers];  // every thread has written its sums of a tile
-    uint64_t received[kSlots];     // the inbox is full
-    uint64_t free[kSlots];         // the inboxes of the cluster have been read
-  } team[kWarps];
-};
-struct High {  // above the table
-  unsigned char stages[kStages - 1][kStageBytes];
-  uint4 parked[2][kThreads];                                // of x, where registers do not suffice
-  float inbox[kMaxTeams][kSlots][2 * kMaxCluster][kPiece];  // sums from the blocks of the cluster, of some tiles
+  float4 scale[2][kWarps][kRows];                // absmax of a warp's tile and of the next
+  float inbox[kSlots][2 * kMaxCluster][kPiece];  // sums from the blocks of the cluster, of some tiles
+  uint64_t full[kWarps][kStages];                // a warp's tile has arrived
+  uint64_t summed[4];                            // every thread has written its sums of a tile
+  uint64_t received[kSlots];                     // the inbox is full
+  uint64_t free[kSlots];  // the inboxes of the cluster have been read; the last of twelve in a row
 };
 constexpr int kLowBytes = (sizeof(Low) + 1023) / 1024 * 1024;
-constexpr int kSharedBytes = 2 * kTableBytes + sizeof(High);
+constexpr int kSharedBytes = 2 * kTableBytes + (kStages - 1) * kStageBytes + 2 * kThreads * sizeof(uint4);
 static_assert(kLowBytes + 1024 <= kTableBytes, "below the first multiple of 64 KB but for the runtime's own 1 KB");
 
 // The row, of the upper 8 of a tile, that lanes 4g … 4g + 3 hold: such that the 8-byte reads of half a warp from rows
@@ -89,8 +80,8 @@ __device__ inline uint32_t look_up(uint32_t word, uint32_t lane_base) {
 template <typename T>
 struct Parameters {
   Weight weight;
-  int m, tiles, chunks;                      // tiles of rows, chunks of W along k
-  int clusters, cluster_size, teams, warps;  // teams of a block at most, warps of a team
+  int m, tiles, chunks;               // tiles of rows, chunks of W along k
+  int clusters, cluster_size, warps;  // that work in a block
   const T* x;
   const T* bias;
   LowRank lora;
@@ -109,7 +100,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t window = ptx::shared_address(shared);
   unsigned char* table = shared + (((window + kLowBytes + kTableBytes - 1) & ~(kTableBytes - 1u)) - window);
   Low& low = *reinterpret_cast<Low*>(table - kLowBytes);
-  High& high = *reinterpret_cast<High*>(table + kTableBytes);
   const auto piece = [&](int index) { return reinterpret_cast<float*>(table + index * kEntryPitch + kEntryPitch / 2); };
 
   // The warp's number from lane 0: so the compiler knows that it is uniform.
@@ -117,24 +107,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int g = lane / 4, t = lane % 4, row = tile_row(g);
   const int cluster_size = p.cluster_size;
   const int rank = static_cast<int>(blockIdx.x) % cluster_size, cluster = static_cast<int>(blockIdx.x) / cluster_size;
-  const int team = warp / p.warps, member = warp % p.warps, teams = min(kWarps / p.warps, p.teams);
-  const int first_tile = cluster * teams + team, tile_step = p.clusters * teams;
-  const int tiles = team < teams ? max((p.tiles - first_tile + tile_step - 1) / tile_step, 0) : 0;
-  const auto row_of_tile = [&](int i) { return (first_tile + i * tile_step) * kRows; };
-  const int first_chunk = (rank * p.warps + member) * kChunks;
-  const bool working = team < teams && first_chunk < p.chunks;
+  const int tiles = (p.tiles - cluster + p.clusters - 1) / p.clusters;  // cluster, cluster + clusters …
+  const int first_chunk = (rank * p.warps + warp) * kChunks;
+  const bool working = warp < p.warps && first_chunk < p.chunks;
   const Weight& weight = p.weight;
   const int n = static_cast<int>(weight.matrix.n);
   const bool nested = weight.matrix.double_quantized();
 
   const auto stage_at = [&](int stage) {
-    return (stage == 0 ? low.stage0 : high.stages[stage - 1]) + warp * kTileBytes;
+    return (stage == 0 ? low.stage0 : table + kTableBytes + (stage - 1) * kStageBytes) + warp * kTileBytes;
   };
   const auto request = [&](int i) {
     if (i >= tiles) return;
     uint64_t* full = &low.full[warp][i % kStages];
     ptx::expect_bytes(full, kTileBytes);
-    ptx::copy_tile_once(stage_at(i % kStages), &packed_map, first_chunk * (kChunk / 2), row_of_tile(i), full);
+    ptx::copy_tile_once(stage_at(i % kStages), &packed_map, first_chunk * (kChunk / 2),
+                        (cluster + i * p.clusters) * kRows, full);
   };
 
   if (lane == 0) {
@@ -158,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float nested;
   } absmax;
   const auto load_scales = [&](int i) {
-    const int block = (row_of_tile(i) + lane / 2) * p.chunks + (inside ? chunk_pair : 0);
+    const int block = ((cluster + i * p.clusters) * kRows + lane / 2) * p.chunks + (inside ? chunk_pair : 0);
     const int first = block >> block_shift, second = (block + 1) >> block_shift;
     if (nested) {
       absmax.raw[0] = __ldg(weight.matrix.absmax_codes + first);
@@ -174,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // chunks in row l / 2.
   const auto prefetch_scales = [&](int i) {
     const int chunk = min((rank * p.warps + lane % 2 * (p.warps / 2)) * kChunks, p.chunks - 1);
-    const int index = (row_of_tile(i) + lane / 2) * p.chunks + chunk >> block_shift;
+    const int index = ((cluster + i * p.clusters) * kRows + lane / 2) * p.chunks + chunk >> block_shift;
     if (nested) {
       ptx::prefetch_to_l2(weight.matrix.absmax_codes + index);
       ptx::prefetch_to_l2(weight.matrix.nested_absmax + (index >> 8));
@@ -182,16 +170,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::prefetch_to_l2(weight.matrix.absmax + index);
     }
   };
-  if (member < kAhead && member + 1 < tiles) prefetch_scales(member + 1);
+  if (warp < kAhead && warp + 1 < tiles) prefetch_scales(warp + 1);
 
   float nested_code = 0.0f;
   const float offset = load_offset(weight);
   if (nested && threadIdx.x < 256) nested_code = __ldg(weight.matrix.nested_code + threadIdx.x);
 
-  auto& barriers = low.team[team];
-  if (member == 0 && lane < kMaxBuffers + 2 * kSlots) {
-    const int arrivals = lane < kMaxBuffers ? 32 * p.warps : lane < kMaxBuffers + kSlots ? 1 : kValues;
-    ptx::init_barrier(barriers.summed + lane, arrivals);
+  if (threadIdx.x < 4 + 2 * kSlots) {
+    const int arrivals = threadIdx.x < 4 ? kThreads : threadIdx.x < 4 + kSlots ? 1 : kValues;
+    ptx::init_barrier(low.summed + threadIdx.x, arrivals);
     ptx::fence_barrier_init();
   }
   __syncwarp();
@@ -211,7 +198,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::let_next_kernel_start();
 
   // With 16 rows and the low-rank term the registers do not suffice: the last part of x lies in shared memory.
-  constexpr bool kParkX = kTokenTiles == 2;
+  constexpr bool kParkX = kLora && kTokenTiles == 2;
+  uint4* parked = reinterpret_cast<uint4*>(table + kTableBytes + (kStages - 1) * kStageBytes) + threadIdx.x;
   uint32_t x[kChunks][kTokenTiles][8];
 #pragma unroll
   for (int u = 0; u < kTokenTiles; ++u) {
@@ -224,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         second = *(reinterpret_cast<const uint4*>(from + c * kChunk) + 1);
       }
       if (kParkX && c == kChunks - 1 && u == 1) {
-        high.parked[0][threadIdx.x] = first, high.parked[1][threadIdx.x] = second;
+        parked[0] = first, parked[kThreads] = second;
         continue;
       }
       x[c][u][0] = first.x, x[c][u][1] = first.y, x[c][u][2] = first.z, x[c][u][3] = first.w;
@@ -239,44 +227,42 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Sum v of a lane belongs to token 8 (v / 4) + 2t + v % 2 and to its row of W, 8 further down for v % 4 >= 2.
   const auto store = [&](int i, int v, float total) {
     const int token = 8 * (v / 4) + 2 * t + v % 2;
-    const int64_t at = int64_t{row_of_tile(i)} + row + (v & 2) * 4;
+    const int64_t at = int64_t{cluster + i * p.clusters} * kRows + row + (v & 2) * 4;
     if (token >= p.m) return;
     if (p.bias != nullptr) total += to_float(p.bias[at]);
     p.y[token * int64_t{n} + at] = from_float<T>(total);
   };
-  // Sum v of the cluster is finished by block v % size, as its value v / size.
+  // Sum v of the cluster is finished by block v % size, there by warp v / size.
+  const int owned = warp * cluster_size + rank;
+  const int owners_values = (kValues - rank + cluster_size - 1) / cluster_size;
   const auto finish_received = [&](int i) {
-    auto& inbox = high.inbox[team % kMaxTeams][i % kSlots];
-    for (int j = member; j * cluster_size + rank < kValues; j += p.warps) {
-      ptx::wait_barrier(&barriers.received[i % kSlots], i / kSlots & 1);
-      float total = 0.0f;
-      for (int from = 0; from < cluster_size; ++from) total += inbox[j * cluster_size + from][lane];
-      __syncwarp();
-      if (lane < cluster_size) ptx::arrive_at_rank(&barriers.free[i % kSlots], lane, total);
-      store(i, j * cluster_size + rank, total);
-    }
+    if (owned >= kValues) return;
+    ptx::wait_barrier(&low.received[i % kSlots], i / kSlots & 1);
+    float total = 0.0f;
+    for (int from = 0; from < cluster_size; ++from) total += low.inbox[i % kSlots][warp * cluster_size + from][lane];
+    __syncwarp();
+    if (lane < cluster_size) ptx::arrive_at_rank(&low.free[i % kSlots], lane, total);
+    store(i, owned, total);
   };
-  // Adds the team's sums of tile i in the order of its warps, a warp for each value, other warps for the next tile.
+  // Adds the warps' sums of tile i in their order, a warp for each value, other warps for the next tile.
   const auto add_warps = [&](int i) {
-    ptx::wait_barrier(&barriers.summed[i % kBuffers], i / kBuffers & 1);
-    for (int v = (member + i * kValues) % p.warps; v < kValues; v += p.warps) {
+    ptx::wait_barrier(&low.summed[i % kBuffers], i / kBuffers & 1);
+    const int v = (warp + i * kValues) % kWarps;
+    if (v < kValues) {
       float total = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        if (w < p.warps) total += piece((i % kBuffers * kWarps + team * p.warps + w) * kValues + v)[lane];
-      }
+      for (int w = 0; w < kWarps; ++w) total += piece((i % kBuffers * kWarps + w) * kValues + v)[lane];
       if (cluster_size == 1) {
         store(i, v, total);
       } else {
-        if (i >= kSlots) ptx::wait_barrier(&barriers.free[i % kSlots], (i / kSlots & 1) ^ 1);
-        ptx::send_to_rank(&high.inbox[team % kMaxTeams][i % kSlots][v / cluster_size * cluster_size + rank][lane],
-                          &barriers.received[i % kSlots], v % cluster_size, total);
+        if (i >= kSlots) ptx::wait_barrier(&low.free[i % kSlots], (i / kSlots & 1) ^ 1);
+        ptx::send_to_rank(&low.inbox[i % kSlots][v / cluster_size * cluster_size + rank][lane],
+                          &low.received[i % kSlots], v % cluster_size, total);
       }
     }
     if (cluster_size > 1) {
-      if (member == 0 && lane == 0 && rank < kValues) {
-        const int values = (kValues - rank + cluster_size - 1) / cluster_size;  // that this block finishes
-        ptx::expect_bytes(&barriers.received[i % kSlots], values * cluster_size * kPiece * sizeof(float));
+      if (threadIdx.x == 0 && owners_values > 0) {
+        ptx::expect_bytes(&low.received[i % kSlots], owners_values * cluster_size * kPiece * sizeof(float));
       }
       if (i >= 2) finish_received(i - 2);
     }
@@ -314,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const uint2 lower = *reinterpret_cast<const uint2*>(tile + (offset_in_tile ^ c << 5) + kTileBytes / 2);
         if (c == kChunks - 1) decode_scales(i + 1);
         if (kParkX && c == kChunks - 1) {
-          const uint4 first = high.parked[0][threadIdx.x], second = high.parked[1][threadIdx.x];
+          const uint4 first = parked[0], second = parked[kThreads];
           x[c][1][0] = first.x, x[c][1][1] = first.y, x[c][1][2] = first.z, x[c][1][3] = first.w;
           x[c][1][4] = second.x, x[c][1][5] = second.y, x[c][1][6] = second.z, x[c][1][7] = second.w;
         }
@@ -344,7 +330,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       __syncwarp();  // every lane has read its bytes
-      if (member == i % p.warps && i + 1 + kAhead < tiles) prefetch_scales(i + 1 + kAhead);
+      if (warp == i % kWarps && i + 1 + kAhead < tiles) prefetch_scales(i + 1 + kAhead);
       if (lane == 0) request(i + kStages);
     }
 
@@ -357,8 +343,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                    : 0u;
       };
 #pragma unroll 1
-      for (int r = (rank * p.warps + member) * 16 + 2 * t; r - 2 * t < lora_rank; r += cluster_size * p.warps * 16) {
-        const int upper = row_of_tile(i) + row;
+      for (int r = (rank * kWarps + warp) * 16 + 2 * t; r - 2 * t < lora_rank; r += cluster_size * kWarps * 16) {
+        const int upper = (cluster + i * p.clusters) * kRows + row;
         ptx::FragA a{{pair(p.lora.factor, upper, r), pair(p.lora.factor, upper + 8, r),
                       pair(p.lora.factor, upper, r + 8), pair(p.lora.factor, upper + 8, r + 8)}};
 #pragma unroll
@@ -376,7 +362,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int v = 0; v < kValues; ++v) {
       piece((i % kBuffers * kWarps + warp) * kValues + v)[lane] = sum[v / 4].value[v % 4];
     }
-    ptx::arrive(&barriers.summed[i % kBuffers]);
+    ptx::arrive(&low.summed[i % kBuffers]);
   }
   for (int i = max(tiles - kLag, 0); i < tiles; ++i) add_warps(i);
   if (cluster_size > 1) {
@@ -403,7 +389,6 @@ void linear_stream(const LinearArguments& arguments, const LinearPlan& plan, cud
     p.chunks = static_cast<int>(matrix.k / kChunk);
     p.cluster_size = plan.split;
     p.warps = static_cast<int>(ceil_div(ceil_div(p.chunks, kChunks), plan.split));
-    p.teams = plan.split > 1 ? kMaxTeams : kWarps;
     p.x = static_cast<const T*>(arguments.input);
     p.bias = static_cast<const T*>(arguments.bias);
     p.lora = arguments.lora;
@@ -414,8 +399,7 @@ void linear_stream(const LinearArguments& arguments, const LinearPlan& plan, cud
       const void* function = reinterpret_cast<const void*>(kernel);
       allow_shared_memory(function, "linear_stream", kSharedBytes);
       Launch shape{1, kThreads, kSharedBytes, stream, static_cast<unsigned>(plan.split), true};
-      const int teams = std::min(kWarps / p.warps, p.teams);
-      p.clusters = std::min(static_cast<int>(ceil_div(p.tiles, teams)), resident_clusters(function, shape));
+      p.clusters = std::min(p.tiles, resident_clusters(function, shape));
       shape.grid = static_cast<unsigned>(p.clusters * plan.split);
       launch_kernel("linear_stream", problem, shape, kernel, map, p);
     };
