@@ -1,5 +1,7 @@
 """Fast, trustworthy QLoRA: 4-bit weights, their linear layer and its LoRA adapter, in bitsandbytes' format."""
 
+import importlib
+
 import torch  # noqa: F401  the op library needs libtorch to be loaded
 
 try:
@@ -16,11 +18,15 @@ from pyquant.errors import CheckpointError
 from pyquant.functional import matmul_4bit
 from pyquant.integrations import when_imported
 from pyquant.replace import dequantize_linear, replace_linear
+from pyquant.report import QuantizationReport
 
 __version__ = _C.version()
 
 __all__ = [
+    "BitsAndBytesConfig",
     "CheckpointError",
+    "PyQuantConfig",
+    "QuantizationReport",
     "dequantize_linear",
     "explain_plan",
     "functional",
@@ -39,10 +45,32 @@ def lora_config(*args, **kwargs):
     return lora_config(*args, **kwargs)
 
 
+# Names whose modules import transformers, which takes seconds: looked up when they are first used.
+_LAZY = {
+    "BitsAndBytesConfig": ("pyquant.integrations.transformers", "bits_and_bytes_config"),
+    "PyQuantConfig": ("pyquant.integrations.transformers", "PyQuantConfig"),
+}
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pyquant' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    globals()[name] = getattr(importlib.import_module(module), attribute)
+    return globals()[name]
+
+
 def _register_with_peft():
     from pyquant.integrations.peft import register
 
     register()
 
 
+def _register_with_transformers():
+    from pyquant.integrations.transformers import register
+
+    register()
+
+
 when_imported("peft", _register_with_peft)
+when_imported("transformers.quantizers.auto", _register_with_transformers)
