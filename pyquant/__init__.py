@@ -17,6 +17,7 @@ from pyquant.environment import explain_plan, show_config
 from pyquant.errors import CheckpointError
 from pyquant.functional import matmul_4bit
 from pyquant.integrations import when_imported
+from pyquant.pretrained import load_pretrained, quantize_pretrained, save_pretrained
 from pyquant.replace import dequantize_linear, replace_linear
 from pyquant.report import QuantizationReport
 
@@ -30,10 +31,13 @@ __all__ = [
     "dequantize_linear",
     "explain_plan",
     "functional",
+    "load_pretrained",
     "lora_config",
     "matmul_4bit",
     "nn",
+    "quantize_pretrained",
     "replace_linear",
+    "save_pretrained",
     "show_config",
 ]
 
@@ -60,17 +64,7 @@ def __getattr__(name: str):
     return globals()[name]
 
 
-def _register_with_peft():
-    from pyquant.integrations.peft import register
-
-    register()
-
-
-def _register_with_transformers():
-    from pyquant.integrations.transformers import register
-
-    register()
-
-
-when_imported("peft", _register_with_peft)
-when_imported("transformers.quantizers.auto", _register_with_transformers)
+# Each of these modules registers itself with its library at its end: it may be the first to import the library, so that
+# the call comes while it is being imported.
+when_imported("peft", lambda: importlib.import_module("pyquant.integrations.peft"))
+when_imported("transformers.quantizers.auto", lambda: importlib.import_module("pyquant.integrations.transformers"))

@@ -9,7 +9,7 @@ from pyquant.functional import BLOCKSIZES, FLOAT_DTYPES, QUANT_TYPES, QuantState
 from pyquant.nn import Linear4bit, Params4bit
 from pyquant.report import survey
 
-__all__ = ["check_options", "dequantize_linear", "name_patterns", "replace_linear", "why_dense"]
+__all__ = ["check_options", "dequantize_linear", "name_patterns", "refuse_adapters", "replace_linear", "why_dense"]
 
 
 def replace_linear(
@@ -54,7 +54,7 @@ def replace_linear(
     """
     check_options(quant_type, blocksize, compute_dtype)
     skip, targets = name_patterns("skip", skip), name_patterns("targets", targets)
-    _refuse_adapters(model)
+    refuse_adapters(model)
 
     if _is_linear(model):
         raise ValueError("the model is a linear layer itself; replace it with pyquant.nn.Linear4bit by hand")
@@ -114,7 +114,7 @@ def dequantize_linear(model: torch.nn.Module, dtype: torch.dtype | None = None) 
     Raises:
         TypeError: the model has adapters; merge or unload them first.
     """
-    _refuse_adapters(model)
+    refuse_adapters(model)
     # Modules under several names and weights that several layers share stay so.
     layers: dict[int, torch.nn.Linear] = {}
     weights: dict[int, torch.nn.Parameter] = {}
@@ -193,13 +193,14 @@ def _adapter_layers(model: torch.nn.Module) -> Iterator[str]:
             yield name
 
 
-def _refuse_adapters(model: torch.nn.Module) -> None:
+def refuse_adapters(
+    model: torch.nn.Module,
+    remedy: str = "quantize first and call get_peft_model afterwards, or merge them with merge_and_unload()",
+) -> None:
+    """Raises TypeError for a model with adapters."""
     name = next(_adapter_layers(model), None)
     if name is not None:
-        raise TypeError(
-            f"the model has adapters already ({name}); quantize first and call get_peft_model afterwards, "
-            f"or merge them with merge_and_unload()"
-        )
+        raise TypeError(f"the model has adapters already ({name}); {remedy}")
 
 
 def _check_weight(

@@ -198,3 +198,6 @@ def register() -> None:
 
     post_init_and_register._pyquant = True
     LoraConfig.__post_init__ = post_init_and_register
+
+
+register()

@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pyquant.errors import CheckpointError
 from pyquant.nn import Linear4bit, Params4bit
 from pyquant.replace import check_options, dequantize_linear, name_patterns, why_dense
 from pyquant.report import survey
@@ -76,8 +77,8 @@ class PyQuantConfig(QuantizationConfigMixin):
     def from_bitsandbytes(cls, config: Any, **options) -> "PyQuantConfig":
         """What a ``transformers.BitsAndBytesConfig`` says, or the dictionary that a checkpoint's config.json holds.
 
-        The compute dtype float32 becomes None, the dtype of the inputs: it is what a BitsAndBytesConfig has when nothing
-        was chosen, and would make a 16-bit model compute in 32 bits without a word.
+        The compute dtype float32 becomes None, the dtype of the inputs: it is what a BitsAndBytesConfig has when
+        nothing was chosen, and would make a 16-bit model compute in 32 bits without a word.
 
         Args:
             config: the configuration.
@@ -214,7 +215,7 @@ class PyQuantQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, dtype=None, checkpoint_files=None, **kwargs) -> None:
         config = self.quantization_config
-        self._dtypes = (dtype, model._get_dtype_plan(dtype))
+        self._dtype_plan = model._get_dtype_plan(dtype)
         skip = self.get_modules_to_not_convert(model) if config.skip is None else config.skip
         keep = model._keep_in_fp32_modules or []
         stored = _stored_in_4_bits(checkpoint_files) if self.pre_quantized else None
@@ -274,12 +275,11 @@ class PyQuantQuantizer(HfQuantizer):
 
     def dtype_of(self, model, name: str) -> torch.dtype:
         """The dtype that the loader would give a dense tensor."""
-        dtype, plan = self._dtypes
-        if plan:
-            pattern, by_group, _ = build_glob_alternation(list(plan))
+        if self._dtype_plan:
+            pattern, by_group, _ = build_glob_alternation(list(self._dtype_plan))
             match = pattern.search(name)
             if match is not None:
-                return plan[by_group[match.lastgroup]]
+                return self._dtype_plan[by_group[match.lastgroup]]
         return model.get_parameter_or_buffer(name).dtype
 
 
@@ -315,11 +315,9 @@ class ReadPacked(ConversionOps):
                 data = data.to(self.hf_quantizer.dtype_of(model, full_layer_name))
             return {"weight": data}
         weight = Params4bit.from_prequantized(data, entries, device=data.device, module=layer)
-        expected = (layer.out_features, layer.in_features)
-        if tuple(weight.quant_state.shape) != expected:
-            raise ValueError(
-                f"{full_layer_name} has shape {tuple(weight.quant_state.shape)} in the checkpoint, {expected} in the model"
-            )
+        stored, expected = tuple(weight.quant_state.shape), (layer.out_features, layer.in_features)
+        if stored != expected:
+            raise CheckpointError(f"{full_layer_name} has shape {stored} in the checkpoint, {expected} in the model")
         layer.quant_storage = weight.quant_storage
         layer._is_hf_initialized = True
         return {"weight": weight}
@@ -356,7 +354,7 @@ def _is_first_process() -> bool:
 
 
 def _count_without_bitsandbytes() -> None:
-    """Makes ``model.num_parameters()`` count 4-bit weights by our layers; transformers imports bitsandbytes to do it."""
+    """Makes ``model.num_parameters()`` count packed weights; transformers imports bitsandbytes to do it."""
     from transformers.modeling_utils import ModuleUtilsMixin
 
     theirs = ModuleUtilsMixin.num_parameters
@@ -388,3 +386,6 @@ def register() -> None:
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(METHOD)(PyQuantConfig)
         auto.register_quantizer(METHOD)(PyQuantQuantizer)
+
+
+register()

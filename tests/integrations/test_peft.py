@@ -91,6 +91,12 @@ print(type(model.base_model.model[0]).__name__, type(model.base_model.model[1]).
     assert result.stdout.split() == ["LoraLinear4bit", "LoraLinear4bit"]
 
 
+def test_pyquant_may_be_the_first_to_import_peft():
+    script = "import pyquant; print(pyquant.lora_config().r, pyquant.PyQuantConfig().blocksize)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["16", "64"], result.stderr
+
+
 def test_importing_pyquant_does_not_import_peft():
     script = "import sys, pyquant; print('peft' in sys.modules, 'transformers' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)

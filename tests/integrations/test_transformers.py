@@ -87,7 +87,7 @@ def test_device_maps(folder, token_ids, device_map):
 
 def test_offloading_is_refused(folder):
     for places in ({"model": 0, "lm_head": "cpu"}, {"model": "cpu", "lm_head": "disk"}):
-        with pytest.raises(ValueError, match="4-bit weights are not offloaded. Use a device_map that fits on the GPUs"):
+        with pytest.raises(ValueError, match="4-bit weights are not offloaded"):
             load(folder, PyQuantConfig(), device_map=places)
 
 
@@ -290,7 +290,7 @@ def test_8_bits_are_refused():
         lambda: PyQuantConfig.from_bitsandbytes(BitsAndBytesConfig(load_in_8bit=True)),
         lambda: pyquant.BitsAndBytesConfig(load_in_8bit=True),
     ):
-        with pytest.raises(ValueError, match="pyquant quantizes to 4 bits alone.*for 8 bits stay with bitsandbytes"):
+        with pytest.raises(ValueError, match=r"pyquant quantizes to 4 bits alone.*for 8 bits stay with bitsandbytes"):
             make()
     with pytest.raises(TypeError, match="BitsAndBytesConfig has no argument 'load_in_2bit'"):
         pyquant.BitsAndBytesConfig(load_in_2bit=True)
