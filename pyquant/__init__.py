@@ -34,6 +34,7 @@ __all__ = [
     "load_pretrained",
     "lora_config",
     "matmul_4bit",
+    "merge_and_unload",
     "nn",
     "quantize_pretrained",
     "replace_linear",
@@ -42,17 +43,12 @@ __all__ = [
 ]
 
 
-def lora_config(*args, **kwargs):
-    """A `peft.LoraConfig` with the usual choices for QLoRA; see `pyquant.integrations.peft.lora_config`."""
-    from pyquant.integrations.peft import lora_config
-
-    return lora_config(*args, **kwargs)
-
-
-# Names whose modules import transformers, which takes seconds: looked up when they are first used.
+# Names whose modules import transformers or peft, which takes seconds: looked up when they are first used.
 _LAZY = {
     "BitsAndBytesConfig": ("pyquant.integrations.transformers", "bits_and_bytes_config"),
     "PyQuantConfig": ("pyquant.integrations.transformers", "PyQuantConfig"),
+    "lora_config": ("pyquant.integrations.peft", "lora_config"),
+    "merge_and_unload": ("pyquant.integrations.peft", "merge_and_unload"),
 }
 
 

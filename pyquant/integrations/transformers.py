@@ -33,7 +33,9 @@ class PyQuantConfig(QuantizationConfigMixin):
         quant_type: ``"nf4"`` or ``"fp4"``.
         blocksize: elements that share one scale: 32, 64, 128, … 4096.
         double_quant: quantize the scales as well.
-        compute_dtype: dtype of the products, or its name; by default that of the inputs.
+        compute_dtype: dtype of the products, or its name. By default the dtype that the model is loaded in, if that has
+            16 bits, whatever is cast to float32 later on (PEFT's ``prepare_model_for_kbit_training`` does that to
+            norms); else that of the inputs.
         skip: name patterns of layers to leave dense, as in `pyquant.replace_linear`. By default the output layer and
             whatever shares its weight.
         targets: name patterns of the layers to quantize; by default all.
@@ -213,11 +215,16 @@ class PyQuantQuantizer(HfQuantizer):
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, Linear4bit) and name == "weight"
 
-    def _process_model_before_weight_loading(self, model, dtype=None, checkpoint_files=None, **kwargs) -> None:
-        config = self.quantization_config
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self._dtype = dtype  # the other methods are not told
+        return dtype
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs) -> None:
+        config, dtype = self.quantization_config, self._dtype
         self._dtype_plan = model._get_dtype_plan(dtype)
         skip = self.get_modules_to_not_convert(model) if config.skip is None else config.skip
         keep = model._keep_in_fp32_modules or []
+        compute_dtype = config.compute_dtype or (dtype if dtype in (torch.float16, torch.bfloat16) else None)
         stored = _stored_in_4_bits(checkpoint_files) if self.pre_quantized else None
         self._reasons = {}
         for name, module in list(model.named_modules()):
@@ -238,7 +245,7 @@ class PyQuantQuantizer(HfQuantizer):
                 module.in_features,
                 module.out_features,
                 bias=module.bias is not None,
-                compute_dtype=config.compute_dtype,
+                compute_dtype=compute_dtype,
                 compress_statistics=config.double_quant,
                 quant_type=config.quant_type,
                 quant_storage=config.quant_storage,
