@@ -70,7 +70,9 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
     def _get_base_layer_device_and_dtype(self, base_layer):
         # The dtype of a new adapter, which PEFT then raises to float32 unless autocast_adapter_dtype=False is given:
         # the products', or what the weight had before it was quantized. The packed bytes' says nothing.
-        return base_layer.weight.device, base_layer.compute_dtype or base_layer.packed_state().dtype
+        weight = base_layer.weight
+        dtype = weight.quant_state.dtype if weight.bnb_quantized else weight.dtype
+        return weight.device, base_layer.compute_dtype or dtype
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         self._check_forward_args(x, *args, **kwargs)

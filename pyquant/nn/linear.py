@@ -90,6 +90,8 @@ class Linear4bit(torch.nn.Linear):
         if not self.compute_type_is_set:
             if torch.is_autocast_enabled(x.device.type):
                 return torch.get_autocast_dtype(x.device.type)
+            if torch.compiler.is_compiling():  # A graph that changed the layer would be compiled twice.
+                return x.dtype
             self.set_compute_type(x)
         return x.dtype if self.compute_dtype is None else self.compute_dtype
 
