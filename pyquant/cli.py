@@ -90,8 +90,8 @@ _TRAIN_HELP = (
     "Fine-tune a model as a YAML file says.\n\n"
     "Values on the command line, written section.key=value, replace the file's. The output folder receives the "
     "adapter, metrics.json, loss.png, TensorBoard logs and checkpoints; started again after a kill, the run goes on "
-    "from its last checkpoint.\n\n[bold]Configuration keys, with their defaults[/bold]\n\n\b\n"
-    + escape(describe_keys())
+    "from its last checkpoint. With --config, accelerate starts the processes that its file asks for; batch_size is "
+    "that of each.\n\n[bold]Configuration keys, with their defaults[/bold]\n\n\b\n" + escape(describe_keys())
 )
 
 
@@ -102,12 +102,24 @@ def train(
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[KEY=VALUE]...", help="Such as training.max_steps=100.", show_default=False),
     ] = None,
+    engine: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--config", "-c", help="accelerate's configuration of a run on several GPUs or machines."),
+    ] = None,
 ) -> None:
     from .training.config import load_config
-    from .training.train import train as run
 
     settings = load_config(config, overrides or [])
+    if engine is not None:
+        from .training.launch import launch
+
+        sys.exit(launch(engine, ["train", str(config), *(overrides or [])]))
+    from .training.launch import is_main_process
+    from .training.train import train as run
+
     metrics = run(settings, _console).metrics
+    if not is_main_process():
+        return
     shown = {key: value for key, value in metrics.items() if key != "log" and value is not None}
     _print_table(shown)
     _console.print(f"Adapter: {Path(settings.training.output_dir) / 'adapter'}", highlight=False, soft_wrap=True)

@@ -12,6 +12,7 @@ import torch
 
 from .config import AdapterConfig, ModelConfig, QuantizationConfig
 from .errors import ModelError
+from .launch import uses_fsdp
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -154,6 +155,8 @@ def quantize(model: "PreTrainedModel", config: QuantizationConfig) -> "PreTraine
         double_quant=config.double_quant,
         compute_dtype=model.dtype,
         skip=tuple(config.skip),
+        # FSDP shards parameters of the same float dtype as the others.
+        quant_storage=model.dtype if uses_fsdp() else torch.uint8,
         verbose=False,
     )
 
