@@ -371,11 +371,11 @@ def _count_without_bitsandbytes() -> None:
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         if getattr(self, "quantization_method", None) != METHOD:
             return theirs(self, only_trainable, exclude_embeddings)
-        self.is_loaded_in_4bit = False
+        said, self.is_loaded_in_4bit = getattr(self, "is_loaded_in_4bit", False), False
         try:
             count = theirs(self, only_trainable, exclude_embeddings)
         finally:
-            self.is_loaded_in_4bit = True
+            self.is_loaded_in_4bit = said
         if only_trainable:
             return count
         packed = {id(m.weight): m for m in self.modules() if isinstance(m, Linear4bit) and m.weight.bnb_quantized}

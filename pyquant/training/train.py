@@ -21,9 +21,8 @@ from .models import (
     check_model,
     choose_device,
     choose_dtype,
-    load_base,
+    load_quantized,
     load_tokenizer,
-    quantize,
     write_adapter_record,
 )
 
@@ -77,7 +76,7 @@ def train(config: Config, console: Console | None = None, model: "PreTrainedMode
     tokenizer = load_tokenizer(config.model.path)
 
     if model is None:
-        model = quantize(load_base(config.model, device), config.quantization)
+        model = load_quantized(config.model, config.quantization, device)
     make_deterministic(config.training)
     trainer = build_trainer(config, model, tokenizer, train_rows, eval_rows, console)
 
