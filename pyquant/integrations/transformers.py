@@ -378,7 +378,7 @@ def _count_without_bitsandbytes() -> None:
             self.is_loaded_in_4bit = said
         if only_trainable:
             return count
-        packed = {id(m.weight): m for m in self.modules() if isinstance(m, Linear4bit) and m.weight.bnb_quantized}
+        packed = {id(m.weight): m for m in self.modules() if isinstance(m, Linear4bit) and m.quant_state is not None}
         return count + sum(m.in_features * m.out_features - m.weight.numel() for m in packed.values())
 
     num_parameters._pyquant = True
