@@ -104,10 +104,27 @@ def test_fsdp2(folder, one_process):
     assert_same_training(resume(command, folder, "fsdp2", "training.batch_size=4"), one_process)
 
 
-def test_fsdp2_with_cpu_offload(folder, one_process):
+def test_fsdp2_with_cpu_offload_in_bfloat16(folder):
+    """Packed bytes viewed as bfloat16, beside bfloat16 weights and float32 adapters."""
+    run([sys.executable, "-m", "pyquant.cli"], folder, "one-bf16", "model.precision=bf16")
     command = [*LAUNCH, str(CONFIGS / "fsdp2-offload.yaml"), str(HERE / "cpu_fsdp.py")]
-    run(command, folder, "offload", "training.batch_size=4")
-    assert_same_training(results(folder, "offload"), one_process)
+    overrides = ("training.batch_size=4", "model.precision=bf16", "training.gradient_checkpointing=true")
+    output = run(command, folder, "offload", *overrides)
+    assert output.count("14 sharded 4-bit weights of torch.bfloat16") == 2
+    (losses, adapter), (expected, _) = results(folder, "offload"), results(folder, "one-bf16")
+    torch.testing.assert_close(losses, expected, rtol=0.03, atol=0)
+    assert {value.dtype for value in adapter.values()} == {torch.float32}
+
+
+def test_zero2(folder, one_process, monkeypatch):
+    pytest.importorskip("deepspeed")
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    command = [sys.executable, "-m", "pyquant.cli"]
+    engine = ("training.batch_size=4", "--config", str(CONFIGS / "zero2.yaml"))
+    run(command, folder, "zero2", *engine)
+    assert_same_training(results(folder, "zero2"), one_process)
+    assert_same_training(resume(command, folder, "zero2", *engine), one_process)
 
 
 def test_an_adapter_trained_in_parallel_loads_elsewhere(folder, one_process):
