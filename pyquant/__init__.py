@@ -1,6 +1,7 @@
 """Fast, trustworthy QLoRA: 4-bit weights, their linear layer and its LoRA adapter, in bitsandbytes' format."""
 
 import importlib
+import warnings
 
 import torch  # noqa: F401  the op library needs libtorch to be loaded
 
@@ -60,7 +61,19 @@ def __getattr__(name: str):
     return globals()[name]
 
 
+def _adapt(library: str, module: str) -> None:
+    def load():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:  # Nobody who imports the library for something else must fail over this.
+            warnings.warn(
+                f"{library} works without pyquant, as {module} does not fit its version: {error}", stacklevel=2
+            )
+
+    when_imported(library, load)
+
+
 # Each of these modules registers itself with its library at its end: it may be the first to import the library, so that
 # the call comes while it is being imported.
-when_imported("peft", lambda: importlib.import_module("pyquant.integrations.peft"))
-when_imported("transformers.quantizers.auto", lambda: importlib.import_module("pyquant.integrations.transformers"))
+_adapt("peft", "pyquant.integrations.peft")
+_adapt("transformers.quantizers.auto", "pyquant.integrations.transformers")

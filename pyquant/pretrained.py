@@ -95,6 +95,12 @@ def save_pretrained(model: "PreTrainedModel", folder: str | os.PathLike, format:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
     if not layers:
         raise ValueError("the model has no 4-bit layers; quantize it with pyquant.replace_linear first")
+    tied = next((name for name in layers if f"{name}.weight" in model.all_tied_weights_keys), None)
+    if tied is not None:
+        raise CheckpointError(
+            f"{tied} is in 4 bits, but the model's configuration ties it to the embeddings; "
+            f"leave it dense, or load the model with tie_word_embeddings=False before it is quantized"
+        )
     dense = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
     own = getattr(model.config, "quantization_config", None)
     config = own

@@ -15,7 +15,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from pyquant.functional import dequantize_4bit, quantize_4bit, statistics
-from pyquant.nn import Linear4bit
+from pyquant.nn import Linear4bit, Params4bit
 from pyquant.replace import dequantize_linear
 
 __all__ = ["LoraLinear4bit", "lora_config", "merge_and_unload", "register"]
@@ -166,6 +166,7 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
 
         Raises:
             ValueError: `safe_merge` found NaN or infinity, or an adapter has a bias and the base layer none.
+            TypeError: FSDP has sharded the weight.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.lora_A]
         if not names:
@@ -177,6 +178,8 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         )
         self._check_biases(names)
         base = self.get_base_layer()
+        if not isinstance(base.weight, Params4bit):
+            raise TypeError("the 4-bit weight is sharded; save the adapter, and merge it in one process")
         original = self._unmerged_weight or (base.weight.data, base.weight.quant_state)
         with torch.no_grad():
             dense = self._merged_weight([*self.merged_adapters, *names])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.core_model_loading import ConversionOps, build_glob_alternation
+from transformers.core_model_loading import ConversionOps, WeightConverter, build_glob_alternation
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -23,6 +23,16 @@ __all__ = ["PyQuantConfig", "PyQuantQuantizer", "bits_and_bytes_config", "regist
 
 METHOD = "pyquant"
 _STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What a weight is in a checkpoint; see pyquant.functional.QuantState.as_dict.
+_ENTRIES = [
+    "weight.nested_absmax",
+    "weight.nested_quant_map",
+    "weight.quant_map",
+    "weight.absmax",
+    "weight.quant_state.bitsandbytes__nf4",
+    "weight.quant_state.bitsandbytes__fp4",
+    "weight",
+]
 _JSON_ENTRY = re.compile(r"\.weight\.quant_state\.bitsandbytes__(nf4|fp4)$")
 
 
@@ -169,17 +179,6 @@ class PyQuantQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: PyQuantConfig
-    serialized_names = {  # noqa: RUF012  declared so in HfQuantizer
-        "weight": [
-            "weight",
-            "weight.nested_absmax",
-            "weight.nested_quant_map",
-            "weight.quant_map",
-            "weight.absmax",
-            "weight.quant_state.bitsandbytes__nf4",
-            "weight.quant_state.bitsandbytes__fp4",
-        ]
-    }
 
     @property
     def quantized_element_size(self) -> float:
@@ -224,6 +223,7 @@ class PyQuantQuantizer(HfQuantizer):
         self._dtype_plan = model._get_dtype_plan(dtype)
         skip = self.get_modules_to_not_convert(model) if config.skip is None else config.skip
         keep = model._keep_in_fp32_modules or []
+        tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
         compute_dtype = config.compute_dtype or (dtype if dtype in (torch.float16, torch.bfloat16) else None)
         stored = _stored_in_4_bits(checkpoint_files) if self.pre_quantized else None
         self._reasons = {}
@@ -231,6 +231,8 @@ class PyQuantQuantizer(HfQuantizer):
             if type(module) is not torch.nn.Linear:
                 continue
             reason = why_dense([name], skip, config.targets)
+            if reason is None and name in tied:
+                reason = "its weight is tied to another"
             if reason is None and not should_convert_module(name, keep):
                 reason = "the model keeps it in float32"
             if reason is not None and config.skip is None:
@@ -277,8 +279,8 @@ class PyQuantQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return QuantizeOnLoad(self)
 
-    def get_load_operations(self) -> dict:
-        return {"deserialize": ReadPacked}
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        return [WeightConverter(_ENTRIES, "weight", [ReadPacked(self)])] if self.pre_quantized else []
 
     def dtype_of(self, model, name: str) -> torch.dtype:
         """The dtype that the loader would give a dense tensor."""

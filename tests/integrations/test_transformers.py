@@ -182,6 +182,19 @@ def test_tied_embeddings_stay_tied(tiny_mistral, tmp_path, token_ids):
     assert torch.equal(again(token_ids).logits, model(token_ids).logits)
 
 
+def test_a_tied_head_stays_dense_whatever_skip_says(tiny_mistral, tmp_path, token_ids):
+    tiny_mistral.config.tie_word_embeddings = True
+    tiny_mistral.tie_weights()
+    tiny_mistral.save_pretrained(tmp_path / "tied")
+    model = load(tmp_path / "tied", PyQuantConfig(skip=[], verbose=False))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert type(model.lm_head) is torch.nn.Linear
+    assert model(token_ids).logits.isfinite().all()
+    by_hand = pyquant.replace_linear(load(tmp_path / "tied"), skip=(), verbose=False)
+    with pytest.raises(pyquant.CheckpointError, match="lm_head is in 4 bits, but the model's configuration ties it"):
+        pyquant.save_pretrained(by_hand, tmp_path / "packed")
+
+
 def test_parameters_are_counted_without_bitsandbytes(tiny_mistral, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     model = load(folder, PyQuantConfig(verbose=False, quant_storage=torch.bfloat16))
@@ -358,3 +371,23 @@ def test_trainer_takes_it_with_an_adapter_and_not_without(folder, tmp_path):
     assert len(losses[0]) == 4
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=0)
     assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.gpu
+def test_peak_gpu_memory_is_the_4bit_model_and_one_layer(tmp_path):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6, "vocab_size": 512}
+    dense = MistralForCausalLM(MistralConfig(num_attention_heads=16, num_key_value_heads=8, **sizes)).bfloat16()
+    dense.save_pretrained(tmp_path / "dense")
+    layer = 2 * 2048 * 5632
+    load(tmp_path / "dense", PyQuantConfig(verbose=False), device_map="cuda")  # what the first use allocates for good
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = load(tmp_path / "dense", PyQuantConfig(verbose=False), device_map="cuda")
+    assert all(p.is_cuda for p in model.parameters())
+    used = torch.cuda.memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
+    assert used < 0.4 * 2 * dense.num_parameters()
+    assert peak <= used + 1.1 * layer
