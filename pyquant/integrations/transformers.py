@@ -4,6 +4,7 @@ transformers replaces the linear layers of a model without weights, then hands e
 a 4-bit checkpoint, its entries to `ReadPacked`): at no time is there more than the 4-bit model and one layer.
 """
 
+import os
 import re
 from typing import Any
 
@@ -357,9 +358,9 @@ def _stored_in_4_bits(files: list[str] | None) -> dict[str, bool]:
 
 
 def _is_first_process() -> bool:
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or (
-        torch.distributed.get_rank() == 0
-    )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"  # models are loaded before the processes know of each other
 
 
 def _count_without_bitsandbytes() -> None:
