@@ -391,3 +391,20 @@ def test_peak_gpu_memory_is_the_4bit_model_and_one_layer(tmp_path):
     peak = torch.cuda.max_memory_allocated() - before
     assert used < 0.4 * 2 * dense.num_parameters()
     assert peak <= used + 1.1 * layer
+
+
+def test_a_library_that_does_not_fit_still_imports():
+    script = """
+import pyquant
+import transformers.core_model_loading as module
+del module.build_glob_alternation  # as in a version with other interfaces
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+print("pyquant" in AUTO_QUANTIZER_MAPPING)
+try:
+    pyquant.PyQuantConfig
+except ImportError as error:
+    print("build_glob_alternation" in str(error))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["False", "True"], result.stderr
+    assert "transformers.quantizers.auto works without pyquant" in result.stderr
