@@ -45,15 +45,21 @@ _CODES = {
 }  # fmt: skip
 
 
+# The states of all weights on a device share these two, as nobody writes to a codebook; copies would be two kernels a
+# weight. Made outside the caller's modes, which would be kept with them otherwise.
+
+
 @lru_cache(maxsize=64)
 def _codebook(quant_type: str, device: torch.device) -> torch.Tensor:
-    code = torch.tensor(_CODES[quant_type], dtype=torch.float32)
-    return code.div_(code.abs().max()).to(device)
+    with torch.inference_mode(False), torch.device("cpu"):
+        code = torch.tensor(_CODES[quant_type], dtype=torch.float32)
+        return code.div_(code.abs().max()).to(device)
 
 
 @lru_cache(maxsize=64)
 def _dynamic_codebook(device: torch.device) -> torch.Tensor:
-    return create_dynamic_map().to(device)
+    with torch.inference_mode(False), torch.device("cpu"):
+        return create_dynamic_map().to(device)
 
 
 def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> torch.Tensor:
@@ -132,7 +138,7 @@ class QuantState:
     Attributes:
         absmax: scale of each block: float32 ``[blocks]``, or uint8 codes of the same shape with double quantization.
         shape: of the tensor before quantization.
-        code: float32 ``[16]``, the codebook.
+        code: float32 ``[16]``, the codebook. Not to be written to: states share it, and the one of `state2`.
         dtype: of the tensor before quantization; what dequantization returns.
         blocksize: elements that share one absmax.
         quant_type: ``"nf4"`` or ``"fp4"``.
@@ -425,11 +431,11 @@ def quantize_4bit(
     packed, scales, nested_absmax, offset = torch.ops.pyquant.quantize_4bit(A, quant_type, blocksize, nested_code)
     state2 = None
     if compress_statistics:
-        state2 = QuantState(nested_absmax, code=nested_code.clone(), blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
+        state2 = QuantState(nested_absmax, code=nested_code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
     state = QuantState(
         absmax=scales,
         shape=A.shape,
-        code=_codebook(quant_type, A.device).clone(),
+        code=_codebook(quant_type, A.device),
         blocksize=blocksize,
         quant_type=quant_type,
         dtype=A.dtype,

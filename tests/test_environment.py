@@ -106,10 +106,15 @@ def test_the_gpu_is_printed(capsys):
     assert line.endswith(", supported")
 
 
-@pytest.mark.parametrize(("rows", "kernel"), [(1, "few_rows"), (16, "few_rows"), (17, "mma"), (4096, "mma")])
+@pytest.mark.parametrize(("rows", "kernel"), [(1, "stream"), (16, "stream"), (17, "mma"), (4096, "mma")])
 def test_explain_plan_names_the_kernel_and_its_tiles(rows, kernel):
     plan = pyquant.explain_plan(rows, 4096, 4096, rank=16, arch=90, sm_count=132)
     assert plan.startswith(f"linear_4bit m={rows} n=4096 k=4096 rank=16 blocksize=64 bfloat16 sm_90: {kernel} tile ")
+
+
+def test_explain_plan_before_hopper_and_for_odd_shapes():
+    assert ": few_rows tile " in pyquant.explain_plan(4, 4096, 4096, arch=80, sm_count=108)
+    assert ": few_rows tile " in pyquant.explain_plan(4, 4095, 4096, arch=90, sm_count=132)
 
 
 def test_explain_plan_of_gradients_and_of_float32():

@@ -48,6 +48,20 @@ def test_codebooks_are_bitsandbytes(quant_type):
     assert F.get_4bit_type(quant_type, device="cpu").any(), "the caller's copy is the cache"
 
 
+def test_codebooks_first_needed_in_a_mode_serve_outside_of_it():
+    F._codebook.cache_clear()
+    F._dynamic_codebook.cache_clear()
+    weight = torch.randn(64, 64)
+    with torch.inference_mode(), torch.device("meta"):
+        F.quantize_4bit(weight, compress_statistics=True)
+    packed, state = F.quantize_4bit(weight, compress_statistics=True)
+    assert not state.code.is_inference()
+    assert not state.state2.code.is_inference()
+    x = torch.randn(3, 64, requires_grad=True)
+    pyquant.matmul_4bit(x, packed, state).sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def test_an_unknown_codebook_is_refused():
     with pytest.raises(ValueError, match="quant_type must be 'nf4' or 'fp4', got 'int4'"):
         F.get_4bit_type("int4")

@@ -29,6 +29,7 @@ struct LinearProblem {
 };
 
 enum class LinearKernel : int {
+  kStream,   // 16-bit, few rows of x, Hopper: kFewRows at the rate of memory
   kFewRows,  // 16-bit, few rows of x, bandwidth-bound: tensor cores fed from a table of byte values
   kSmallM,   // 16-bit, few rows of x, bandwidth-bound: rows of W to warps, fp32 arithmetic
   kMma,      // 16-bit, tensor cores through mma.sync
@@ -38,14 +39,16 @@ enum class LinearKernel : int {
 struct LinearPlan {
   LinearKernel kernel;
   int tile_m, tile_n, tile_k;  // of the output, and of one step along the reduction
-  int split;  // kMma: blocks that share an output tile, each with a part of the reduction; kSmallM: warps likewise
+  int split;  // kMma: blocks that share an output tile, each with a part of the reduction; kSmallM: warps likewise;
+              // kStream: blocks of a cluster likewise
   double microseconds;  // the cost model's estimate, by which candidates are ranked
 
   // Bytes for the partial sums of a split reduction.
   int64_t workspace(const LinearProblem& problem) const;
 };
 
-// The best legal plan. PYQUANT_KERNEL=few_rows, small_m, mma or simt forces a kernel wherever it is legal, for tests.
+// The best legal plan. PYQUANT_KERNEL=stream, few_rows, small_m, mma or simt forces a kernel wherever it is legal, for
+// tests.
 LinearPlan plan_linear(const LinearProblem& problem);
 
 // With PYQUANT_LOG=plan, prints each distinct choice once to stderr.

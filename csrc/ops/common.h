@@ -83,6 +83,25 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// A contiguous tensor beside `reference`, contents arbitrary. torch::stable::new_empty does the same through a boxed
+// call by name, which takes several times as long.
+template <size_t kDims>
+Tensor new_empty(const Tensor& reference, const int64_t (&sizes)[kDims], ScalarType type) {
+  int64_t strides[kDims];
+  int64_t stride = 1;
+  for (size_t i = kDims; i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i];
+  }
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(reference.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      kDims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
+      reference.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return std::vector<int64_t>(sizes.begin(), sizes.end());

@@ -33,25 +33,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_4bit(Tensor input, std::stri
   PYQUANT_CHECK(numel > 0, kOp, ": input has no elements");
   const int64_t blocks = (numel + blocksize - 1) / blocksize;
 
+  std::optional<Tensor> code;
+  if (nested_code.has_value()) {
+    check_device(*nested_code, input, kOp, "nested_code", "input");
+    PYQUANT_CHECK(nested_code->scalar_type() == ScalarType::Float && nested_code->numel() == 256, kOp,
+                  ": nested_code must be float32 with 256 values");
+    code = as_contiguous(*nested_code);
+  }
+
+  // The first launch comes as early as it can, and the rest of the host's work while it runs.
   const Backend backend(input);
   const Tensor values = as_contiguous(input);
-  Tensor packed = torch::stable::new_empty(values, {(numel + 1) / 2, 1}, ScalarType::Byte);
-  Tensor absmax = torch::stable::new_empty(values, {blocks}, ScalarType::Float);
+  Tensor packed = new_empty(values, {(numel + 1) / 2, 1}, ScalarType::Byte);
+  Tensor absmax = new_empty(values, {blocks}, ScalarType::Float);
   backend.quantize_4bit(dtype, values, type, blocksize, packed, absmax);
   // On a GPU this look would stall the stream; the layers look once for a whole weight instead.
   if constexpr (!Backend::kAsync) check_finite(absmax, blocksize, numel);
-  if (!nested_code.has_value()) {
-    return {packed, absmax, torch::stable::new_empty(absmax, {0}), torch::stable::new_empty(absmax, {0})};
+  if (!code.has_value()) {
+    return {packed, absmax, new_empty(values, {0}, ScalarType::Float), new_empty(values, {0}, ScalarType::Float)};
   }
 
-  check_device(*nested_code, input, kOp, "nested_code", "input");
-  PYQUANT_CHECK(nested_code->scalar_type() == ScalarType::Float && nested_code->numel() == 256, kOp,
-                ": nested_code must be float32 with 256 values");
-  const Tensor code = as_contiguous(*nested_code);
   const Tensor offset = mean(absmax);
-  Tensor codes = torch::stable::new_empty(values, {blocks}, ScalarType::Byte);
-  Tensor nested_absmax = torch::stable::new_empty(absmax, {(blocks + kNestedBlocksize - 1) / kNestedBlocksize});
-  backend.quantize_absmax(absmax, offset, code, codes, nested_absmax);
+  Tensor codes = new_empty(values, {blocks}, ScalarType::Byte);
+  Tensor nested_absmax = new_empty(values, {(blocks + kNestedBlocksize - 1) / kNestedBlocksize}, ScalarType::Float);
+  backend.quantize_absmax(absmax, offset, *code, codes, nested_absmax);
   return {packed, codes, nested_absmax, offset};
 }
 

@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from ops.test_linear import quantized
+from ops.test_linear import each_dtype, each_type, quantized
 from ops.test_lora import adapter, check_lora, seed_tensor
 
 import pyquant.functional as F
@@ -146,8 +146,131 @@ def test_more_than_2_to_the_31_elements():
     assert abs(y[0, -1].double() - truth[0]) < 0.02 * truth.abs()[0] + 0.05
 
 
+def values_at_thresholds(blocks, blocksize, quant_type, dtype):
+    """Blocks of values on, beside and between thresholds. Scaled by powers of two they stay there; the rest of the
+    blocks have any scale, and one in 16 is zero or so small that its absmax is guarded."""
+    on = reference.thresholds(quant_type).to(dtype)
+    up, down = torch.full_like(on, 2), torch.full_like(on, -2)
+    beside = torch.cat(
+        [on, torch.nextafter(on, up), torch.nextafter(on, down), torch.tensor([0.0, -0.0, 1e-7], dtype=dtype)]
+    )
+    values = beside[torch.randint(len(beside), (blocks, blocksize))].float()
+    values = torch.where(torch.rand(blocks, blocksize) < 0.3, torch.rand(blocks, blocksize) * 2 - 1, values)
+    values[:, 0] = 1.0
+    scale = 2.0 ** torch.randint(-8, 8, (blocks, 1)).float()
+    scale = torch.where(torch.rand(blocks, 1) < 0.4, torch.rand(blocks, 1) + 1e-3, scale)
+    scale[::16] = torch.tensor([0.0, 1e-38, 3e-39, 2e-40])[torch.randint(4, scale[::16].shape)]
+    return (values * scale).to(dtype)
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 256, 512, 4096])
+@each_type
+@each_dtype
+def test_quantize_decides_thresholds_in_whole_and_partial_tiles(dtype, quant_type, blocksize):
+    weight = values_at_thresholds(40 * 4096 // blocksize, blocksize, quant_type, dtype).reshape(-1)
+    for size in (weight.numel(), weight.numel() - 1, weight.numel() - 4095, 8192, 8191, 4096, 31):
+        expected, expected_state = F.quantize_4bit(weight[:size], blocksize=blocksize, quant_type=quant_type)
+        packed, state = F.quantize_4bit(weight[:size].cuda(), blocksize=blocksize, quant_type=quant_type)
+        assert torch.equal(packed.cpu(), expected), size
+        assert torch.equal(state.absmax.cpu(), expected_state.absmax), size
+    shifted = weight.cuda()[1:]  # not aligned to 16 bytes
+    expected, expected_state = F.quantize_4bit(weight[1:], blocksize=blocksize, quant_type=quant_type)
+    packed, state = F.quantize_4bit(shifted, blocksize=blocksize, quant_type=quant_type)
+    assert torch.equal(packed.cpu(), expected)
+    assert torch.equal(state.absmax.cpu(), expected_state.absmax)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@each_dtype
+def test_a_non_finite_value_shows_in_its_own_blocks_scale_alone(dtype, bad):
+    weight = torch.randn(2 * 8192 + 100, device="cuda").to(dtype)
+    packed, _ = F.quantize_4bit(weight, quant_type="nf4")
+    for index in (0, 777, 8191, 8192, 2 * 8192 + 99):
+        other = weight.clone()
+        other[index] = bad
+        other_packed, other_state = F.quantize_4bit(other, quant_type="nf4")
+        block = index // 64
+        assert (~torch.isfinite(other_state.absmax)).nonzero().tolist() == [[block]]
+        same = torch.ones(len(packed), dtype=torch.bool, device="cuda")
+        same[block * 32 : block * 32 + 32] = False
+        assert torch.equal(other_packed[same], packed[same])
+
+
+@pytest.mark.parametrize("size", [1, 63, 64 * 255, 64 * 256, 64 * 257, 2**20 + 17, 14336 * 4096])
+def test_double_quantization_follows_from_the_mean(size):
+    weight = torch.randn(size, device="cuda").bfloat16()
+    _, plain = F.quantize_4bit(weight, quant_type="nf4")
+    _, state = F.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    assert torch.equal(state.offset, plain.absmax.mean())
+    shifted = plain.absmax - state.offset
+    blocks = torch.nn.functional.pad(shifted, (0, -shifted.numel() % 256)).reshape(-1, 256)
+    assert torch.equal(state.state2.absmax, blocks.abs().amax(1))
+    code = state.state2.code
+    values = (blocks * (1.0 / state.state2.absmax)[:, None]).clamp(-1, 1)
+    steps = ((values + 1.0) * 0.5 * 65535.0 + 0.5).trunc()
+    rounded = -1.0 + 2.0 * steps / torch.full_like(steps, 65535.0)  # by a number, torch multiplies with its reciprocal
+    expected = torch.bucketize(rounded, (code[:-1] + code[1:]) * 0.5)
+    expected = torch.where(state.state2.absmax[:, None] == 0, 0, expected).reshape(-1)[: shifted.numel()]
+    assert torch.equal(state.absmax.long(), expected)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 8, 16, 48, 256])
+@pytest.mark.parametrize("k", [1, 64, 77, 192, 520, 1030, 4096, 14336])
+@each_dtype
+def test_lora_down_of_a_few_rows_meets_the_bound(dtype, k, rank):
+    weight, _ = quantized(8, k, device="cuda")
+    lora_A, lora_B = adapter(8, k, rank, dtype, "cuda")
+
+    def down(x):
+        return ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 0.5, 0.0, None)[1]
+
+    for rows in (1, 2, 7, 8, 9, 16):
+        flat = torch.randn(rows * k + 1, device="cuda").to(dtype)
+        x, unaligned = flat[:-1].view(rows, k), flat[1:].view(rows, k)
+        for values in (x, unaligned):
+            truth = 0.5 * (values.double() @ lora_A.double().T)
+            xa = down(values)
+            reference.assert_within_bound(xa, 0.5 * (values @ lora_A.T), truth, f"xa of {rows} rows", xa.numel())
+            assert torch.equal(xa, down(values))
+        poisoned = x.clone()
+        poisoned[-1, k // 2] = float("nan")
+        assert torch.equal(down(poisoned)[:-1], down(x)[:-1])
+        assert down(poisoned)[-1].isnan().all()
+
+
+def test_kernels_that_start_early_see_what_the_kernels_before_them_wrote():
+    n, k = 64, 4096
+    weight, _ = quantized(n, k, device="cuda")
+    lora_A, lora_B = adapter(n, k, 16, torch.bfloat16, "cuda")
+    inputs = [torch.randn(16, k, device="cuda").bfloat16() for _ in range(20)]
+    code = F.create_dynamic_map().cuda()
+
+    def step(x, value):
+        x.copy_(value)
+        lora_A.mul_(-0.5).add_(value[:, :1])
+        first = ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 0.5, 0.0, None)
+        x.neg_()
+        return (
+            *first,
+            *ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 0.5, 0.0, None),
+            *ops.quantize_4bit(x, "nf4", 64, code),
+        )
+
+    def run(synchronised):
+        lora_A.fill_(0.01)
+        x, results = torch.empty_like(inputs[0]), []
+        for value in inputs:
+            results += step(x, value)
+            if synchronised:
+                torch.cuda.synchronize()
+        return results
+
+    for ours, expected in zip(run(False), run(True), strict=True):
+        assert torch.equal(ours, expected)
+
+
 # The variable forces a kernel wherever it is legal; the other shapes fall to another one.
-@pytest.mark.parametrize("kernel", ["few_rows", "small_m", "mma", "simt"])
+@pytest.mark.parametrize("kernel", ["stream", "few_rows", "small_m", "mma", "simt"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("n", "k", "blocksize", "nested", "quant_type"),

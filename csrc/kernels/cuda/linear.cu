@@ -41,12 +41,15 @@ int64_t workspace(LinearDirection direction, const QuantizedMatrix& weight, DTyp
 void run(LinearDirection direction, const LinearArguments& arguments, cudaStream_t stream) {
   const QuantizedMatrix& matrix = arguments.weight.matrix;
   if (arguments.m <= 0 || matrix.numel() <= 0) return;
-  const bool aligned = aligned_16(arguments.input) && aligned_16(matrix.packed);
+  const bool aligned = aligned_16(arguments.input) && aligned_16(matrix.packed) && aligned_16(arguments.lora.left) &&
+                       aligned_16(arguments.lora.factor);
   const LinearProblem problem =
       problem_of(direction, matrix, arguments.dtype, arguments.m, arguments.lora.rank, aligned);
   const LinearPlan plan = plan_linear(problem);
   log_plan(problem, plan);
   switch (plan.kernel) {
+    case LinearKernel::kStream:
+      return linear_stream(arguments, plan, stream);
     case LinearKernel::kFewRows:
       return linear_few_rows(arguments, plan, stream);
     case LinearKernel::kSmallM:

@@ -21,6 +21,7 @@ struct LinearArguments {
   void* workspace;
 };
 
+void linear_stream(const LinearArguments& arguments, const LinearPlan& plan, cudaStream_t stream);
 void linear_few_rows(const LinearArguments& arguments, const LinearPlan& plan, cudaStream_t stream);
 void linear_small_m(const LinearArguments& arguments, const LinearPlan& plan, cudaStream_t stream);
 void linear_mma(const LinearArguments& arguments, LinearDirection direction, const LinearPlan& plan,

@@ -1,10 +1,12 @@
 // The products of a LoRA adapter around the 4-bit linear: x·Aᵀ, dy·B and the gradients of A and B. All four are skinny,
 // with the rank (1 to 256) as one dimension of the output, and bound by reading the one large activation.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/tile.h"
+#include "ptx/cluster.h"
 
 namespace pyquant::cuda {
 namespace {
@@ -244,40 +246,178 @@ void skinny_simt(const char* name, const std::string& problem, const Strided& la
   check_launch(name, problem);
 }
 
-// --- A few rows of x: a warp to each element of the output ---
+// --- A few rows of x: split along k over the blocks of a cluster ---
 
+// A cluster computes 16 rows × 8 ranks of the output, each block over an eighth of k at most: one wave of blocks that
+// each have all their loads under way at once, because for so small a product the time is latency. Where there are no
+// clusters, one block goes over all of k.
 constexpr int64_t kFewRows = 16;
+constexpr int kFewRanks = 8;
+constexpr int kFewThreads = 512;
+constexpr int kFewWarps = kFewThreads / 32;
+constexpr int kFewOutputs = kFewRows * kFewRanks;
+constexpr int kFewStep = 512;  // of k, of a block
+constexpr int kLargestCluster = 8;
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    lora_down_few_rows_kernel(const __grid_constant__ Dense<T> x, const __grid_constant__ Dense<T> a, float scaling,
-                              T* __restrict__ xa) {
-  const int64_t rank = a.rows, k = a.columns;
-  const int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  if (index >= x.rows * rank) return;
-  const int lane = threadIdx.x % 32;
-  const T* x_row = x.data + index / rank * k;
-  const T* a_row = a.data + index % rank * k;
-  float sum = 0.0f;
-  if (x.vector && a.vector) {
-#pragma unroll 4
-    for (int64_t i = lane; i < k / 8; i += 32) {
-      const uint4 left = __ldg(reinterpret_cast<const uint4*>(x_row) + i);
-      const uint4 right = __ldg(reinterpret_cast<const uint4*>(a_row) + i);
-      const uint32_t left_pair[4] = {left.x, left.y, left.z, left.w};
-      const uint32_t right_pair[4] = {right.x, right.y, right.z, right.w};
+// 16 bytes of a row from column k on, zeros where the row ends. Not through the read-only path: a kernel that starts
+// early runs while its operands are written. Aligned rows are loaded without a branch, so that loads can be gathered.
+template <bool kVector, typename T>
+__device__ uint4 load_16(const T* row, int64_t k, int64_t columns) {
+  if constexpr (kVector) {
+    return reinterpret_cast<const uint4*>(row + (k < columns ? k : 0))[0];
+  } else {
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+    uint32_t word[4] = {};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 l = unpack_pair<T>(left_pair[j]), r = unpack_pair<T>(right_pair[j]);
-        sum = fmaf(l.y, r.y, fmaf(l.x, r.x, sum));
+    for (int i = 0; i < 16 / static_cast<int>(sizeof(T)); ++i) {
+      if (k + i >= columns) break;
+      word[i * sizeof(T) / 4] |= uint32_t{reinterpret_cast<const Bits*>(row + k)[i]} << (i * sizeof(T) % 4 * 8);
+    }
+    return make_uint4(word[0], word[1], word[2], word[3]);
+  }
+}
+
+__device__ inline void zero_unless(bool inside, uint4& words) {
+  words = make_uint4(inside ? words.x : 0, inside ? words.y : 0, inside ? words.z : 0, inside ? words.w : 0);
+}
+
+// A row past the last becomes the last: what it contributes to is not stored.
+template <typename T>
+__device__ const T* row_of(const Dense<T>& matrix, int64_t row) {
+  return matrix.data + min(row, matrix.rows - 1) * matrix.columns;
+}
+
+// The sums of a warp's share of k, [row][rank], to shared memory. Tensor cores: each warp takes 32 of a step, a lane 8
+// consecutive elements of a row, which are k in another order than the operands' but the same one in both.
+template <typename T, bool kVector>
+struct FewRows {
+  static constexpr int kGroups = kFewWarps;  // warps with different k
+  static __device__ void multiply(const Dense<T>& x, const Dense<T>& a, int64_t rank0, int64_t first, int64_t stride,
+                                  float (*sums)[kFewOutputs]) {
+    constexpr int kInFlight = kVector ? 4 : 1;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 8;
+    const T* x_low = row_of(x, row);
+    const T* x_high = row_of(x, row + 8);
+    const T* a_row = row_of(a, rank0 + row);
+    const bool both = x.rows > 8;
+    ptx::FragC sum = {};
+#pragma unroll 1
+    for (int64_t k0 = first + 32 * warp; k0 < x.columns; k0 += kInFlight * stride) {
+      uint4 low[kInFlight], high[kInFlight], factor[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int64_t k = k0 + i * stride + column;
+        low[i] = load_16<kVector>(x_low, k, x.columns);
+        factor[i] = load_16<kVector>(a_row, k, x.columns);
+        high[i] = both ? load_16<kVector>(x_high, k, x.columns) : low[i];
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const bool inside = k0 + i * stride + column < x.columns;
+        zero_unless(inside, low[i]), zero_unless(inside, high[i]), zero_unless(inside, factor[i]);
+        ptx::mma<T>(sum, {{low[i].x, high[i].x, low[i].y, high[i].y}}, {{factor[i].x, factor[i].y}});
+        ptx::mma<T>(sum, {{low[i].z, high[i].z, low[i].w, high[i].w}}, {{factor[i].z, factor[i].w}});
       }
     }
-  } else {
-    for (int64_t i = lane; i < k; i += 32) sum = fmaf(to_float(x_row[i]), to_float(a_row[i]), sum);
+    float* output = sums[warp] + row * kFewRanks + lane % 4 * 2;
+    *reinterpret_cast<float2*>(output) = make_float2(sum.value[0], sum.value[1]);
+    *reinterpret_cast<float2*>(output + 8 * kFewRanks) = make_float2(sum.value[2], sum.value[3]);
   }
+};
+
+// float32: a warp takes 4 of the rows and 128 of a step, a lane 4 consecutive elements.
+template <bool kVector>
+struct FewRows<float, kVector> {
+  static constexpr int kGroups = 4;
+  static __device__ void multiply(const Dense<float>& x, const Dense<float>& a, int64_t rank0, int64_t first,
+                                  int64_t stride, float (*sums)[kFewOutputs]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4, row0 = warp % 4 * 4;
+    float sum[4 * kFewRanks] = {};
+    if (row0 < x.rows) {
+#pragma unroll 1
+      for (int64_t k = first + 128 * group + 4 * lane; k < x.columns; k += stride) {
+        uint4 left[4], right[kFewRanks];
 #pragma unroll
-  for (int distance = 16; distance > 0; distance >>= 1) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
-  if (lane == 0) xa[index] = from_float<T>(sum * scaling);
+        for (int i = 0; i < 4; ++i) left[i] = load_16<kVector>(row_of(x, row0 + i), k, x.columns);
+#pragma unroll
+        for (int j = 0; j < kFewRanks; ++j) right[j] = load_16<kVector>(row_of(a, rank0 + j), k, x.columns);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+          for (int j = 0; j < kFewRanks; ++j) {
+            float& s = sum[i * kFewRanks + j];
+            s = fmaf(__uint_as_float(left[i].x), __uint_as_float(right[j].x), s);
+            s = fmaf(__uint_as_float(left[i].y), __uint_as_float(right[j].y), s);
+            s = fmaf(__uint_as_float(left[i].z), __uint_as_float(right[j].z), s);
+            s = fmaf(__uint_as_float(left[i].w), __uint_as_float(right[j].w), s);
+          }
+        }
+      }
+    }
+    // 32 sums over 32 lanes: each step halves the sums that a lane keeps, until lane i has the total of sum i.
+#pragma unroll
+    for (int half = 16; half > 0; half >>= 1) {
+      const bool upper = (lane & half) != 0;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        if (i >= half) continue;
+        const float kept = upper ? sum[i + half] : sum[i], sent = upper ? sum[i] : sum[i + half];
+        sum[i] = kept + __shfl_xor_sync(0xFFFFFFFFu, sent, half);
+      }
+    }
+    sums[group][row0 * kFewRanks + lane] = sum[0];
+  }
+};
+
+template <typename T, bool kVector>
+__global__ void __launch_bounds__(kFewThreads, 1)
+    lora_down_few_rows_kernel(const __grid_constant__ Dense<T> x, const __grid_constant__ Dense<T> a, float scaling,
+                              T* xa) {
+  using Product = FewRows<T, kVector>;
+  __shared__ alignas(16) float sums[Product::kGroups][kFewOutputs];
+  __shared__ float parts[kLargestCluster][kFewOutputs];  // the first block's: what each block sent
+  __shared__ alignas(8) uint64_t parts_barrier;
+  const uint32_t part = ptx::cluster_rank(), part_count = ptx::cluster_size();
+  if (threadIdx.x == 0) ptx::expect_from_cluster(&parts_barrier, part_count * kFewOutputs * 4);
+  ptx::arrive_cluster();
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
+
+  const int64_t rank0 = int64_t{blockIdx.x / part_count} * kFewRanks;
+  Product::multiply(x, a, rank0, int64_t{part} * kFewStep, int64_t{part_count} * kFewStep, sums);
+  ptx::wait_cluster();  // the first block's barrier is ready
+  __syncthreads();
+  const int index = threadIdx.x;
+  if (index >= kFewOutputs) return;
+  float sum = 0.0f;
+#pragma unroll
+  for (int group = 0; group < Product::kGroups; ++group) sum += sums[group][index];
+  if (part_count > 1) {
+    ptx::send_to_rank(&parts[part][index], &parts_barrier, 0, sum);
+    if (part > 0) return;
+    ptx::wait_for_cluster(&parts_barrier);
+    sum = 0.0f;
+    for (uint32_t i = 0; i < part_count; ++i) sum += parts[i][index];
+  }
+  const int64_t row = index / kFewRanks, rank = rank0 + index % kFewRanks;
+  if (row < x.rows && rank < a.rows) xa[row * a.rows + rank] = from_float<T>(sum * scaling);
+}
+
+template <typename T>
+void lora_down_few_rows(const std::string& problem, const Dense<T>& x, const Dense<T>& a, float scaling, T* xa,
+                        cudaStream_t stream) {
+  const auto kernel = x.vector && a.vector ? lora_down_few_rows_kernel<T, true> : lora_down_few_rows_kernel<T, false>;
+  const int64_t tiles = ceil_div(a.rows, kFewRanks);
+  unsigned cluster = 1;
+  if (has_sm_90_code(reinterpret_cast<const void*>(kernel))) {
+    const auto pays = [&](unsigned blocks) {
+      return blocks <= kLargestCluster && (blocks - 1) * kFewStep < x.columns &&
+             tiles * blocks <= current_device().sm_count;  // a second wave costs more than a longer share of k
+    };
+    while (pays(2 * cluster)) cluster *= 2;
+  }
+  const unsigned grid = grid_size(tiles * cluster, "lora_down");
+  launch_kernel("lora_down", problem, {grid, kFewThreads, 0, stream, cluster, true}, kernel, x, a, scaling, xa);
 }
 
 // --- Gradients: the reduction over m in parts ---
@@ -334,6 +474,14 @@ void lora_down(DType dtype, int64_t m, int64_t k, int64_t rank, const void* x, c
   if (m <= 0 || rank <= 0) return;
   const std::string problem =
       "of " + std::to_string(m) + " rows, " + std::to_string(k) + " columns and rank " + std::to_string(rank);
+  if (m <= kFewRows && !dropout.active()) {
+    with_element_type(dtype, [&](auto element) {
+      using T = decltype(element);
+      lora_down_few_rows(problem, make_dense<T>(x, m, k), make_dense<T>(a, rank, k), scaling, static_cast<T*>(xa),
+                         stream);
+    });
+    return;
+  }
   const float alpha = dropout.active() ? scaling * dropout.scale : scaling;
   const Output output{xa, false, m, rank, rank, 1, alpha, nullptr};
   if (dtype == DType::kFloat32) {
@@ -343,14 +491,8 @@ void lora_down(DType dtype, int64_t m, int64_t k, int64_t rank, const void* x, c
   }
   with_half_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const Dense<T> large = make_dense<T>(x, m, k), small = make_dense<T>(a, rank, k);
-    if (m <= kFewRows && !dropout.active()) {
-      const unsigned grid = grid_size(ceil_div(m * rank, kWarps), "lora_down");
-      lora_down_few_rows_kernel<T><<<grid, kThreads, 0, stream>>>(large, small, scaling, static_cast<T*>(xa));
-      check_launch("lora_down", problem);
-    } else {
-      skinny_mma<T, false, false>("lora_down", problem, large, small, dropout, output, 1, stream);
-    }
+    skinny_mma<T, false, false>("lora_down", problem, make_dense<T>(x, m, k), make_dense<T>(a, rank, k), dropout,
+                                output, 1, stream);
   });
 }
 

@@ -1,4 +1,4 @@
-// Tiles of 16-bit row-major matrices in shared memory, and the tensor cores' operands out of them.
+// Row-major matrices, their tiles in shared memory (16-bit types), and the tensor cores' operands out of them.
 #pragma once
 
 #include "kernels/cuda/dropout.h"
@@ -18,7 +18,8 @@ struct Dense {
 
 template <typename T>
 Dense<T> make_dense(const void* data, int64_t rows, int64_t columns) {
-  return {static_cast<const T*>(data), rows, columns, reinterpret_cast<uintptr_t>(data) % 16 == 0 && columns % 8 == 0};
+  return {static_cast<const T*>(data), rows, columns,
+          reinterpret_cast<uintptr_t>(data) % 16 == 0 && columns % (16 / sizeof(T)) == 0};
 }
 
 // Rows of a tile are padded by 16 bytes: an odd number of 16-byte units, so that the eight rows of an ldmatrix matrix
