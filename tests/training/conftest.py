@@ -1,12 +1,9 @@
 """A tiny Mistral with a tiny tokenizer, and a small task that it can learn."""
 
 import json
-import os
 
 import pytest
 from tiny import ROWS, make_tiny_model
-
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # as the command line does
 
 
 @pytest.fixture(scope="session")
