@@ -27,6 +27,7 @@ __all__ = [
     "choose_dtype",
     "load_adapter",
     "load_base",
+    "load_packed",
     "load_quantized",
     "load_tokenizer",
     "quantization_of",
@@ -157,6 +158,28 @@ def load_quantized(
     # TRL would round the adapters of a model that says so to bfloat16; here they stay in float32.
     model.is_loaded_in_4bit = False
     return model
+
+
+def load_packed(config: ModelConfig, device: torch.device | None = None) -> "PreTrainedModel":
+    """Load a model that is stored in 4 bits, by pyquant or bitsandbytes, onto the device.
+
+    Raises:
+        ModelError: it is stored otherwise, or cannot be read.
+    """
+    import pyquant
+
+    device = device or choose_device()
+    dtype = choose_dtype(config.precision, device)
+    folder = Path(config.path).expanduser()
+    try:
+        with quiet():
+            return pyquant.load_pretrained(
+                str(folder) if folder.is_dir() else config.path, dtype=dtype, device_map={"": device}
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(f"the model {config.path} cannot be loaded: {_first(error)}") from error
 
 
 def _load(config: ModelConfig, dtype: torch.dtype, **options) -> "PreTrainedModel":
