@@ -114,10 +114,11 @@ def train(
         from .training.launch import launch
 
         sys.exit(launch(engine, ["train", str(config), *(overrides or [])]))
-    from .training.launch import is_main_process
+    from .training.launch import is_main_process, leave
     from .training.train import train as run
 
     metrics = run(settings, _console).metrics
+    leave()
     if not is_main_process():
         return
     shown = {key: value for key, value in metrics.items() if key != "log" and value is not None}

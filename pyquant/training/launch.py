@@ -9,7 +9,7 @@ import yaml
 
 from .errors import ConfigError, require
 
-__all__ = ["is_main_process", "launch", "uses_fsdp"]
+__all__ = ["is_main_process", "launch", "leave", "uses_fsdp"]
 
 
 def launch(engine: str | Path, words: list[str]) -> int:
@@ -38,6 +38,15 @@ def launch(engine: str | Path, words: list[str]) -> int:
 def is_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def leave() -> None:
+    """Parts from the other processes: one that just ended could take its communication threads down as they run."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def uses_fsdp() -> bool:
