@@ -16,24 +16,35 @@ def load_for_inference(
     """Load a model, quantize it where asked and put an adapter on it.
 
     Args:
-        model: folder or hub name of the base.
+        model: folder or hub name of the base; one stored in 4 bits stays as it is.
         adapter: folder of a LoRA adapter, if any.
         quant_type: ``nf4``, ``fp4``, ``none``, or ``auto`` for what the adapter was trained on.
         precision: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
 
     Raises:
         ModelError: the model or the adapter is missing or cannot be used.
+        ConfigError: `quant_type` asks to quantize a model that is quantized already.
     """
     from .training.config import ModelConfig
-    from .training.models import check_adapter, check_model, load_adapter, load_base, load_tokenizer, quantization_of
-    from .training.models import quantize as quantize_base
+    from .training.errors import ConfigError
+    from .training.models import (
+        check_adapter,
+        check_model,
+        load_adapter,
+        load_packed,
+        load_quantized,
+        load_tokenizer,
+        quantization_of,
+    )
 
-    check_model(model)
+    packed = getattr(check_model(model), "quantization_config", None) is not None
+    if packed and quant_type != "auto":
+        raise ConfigError(f"{model} is stored quantized already; leave --quant-type at auto, or give the 16-bit model.")
     if adapter is not None:
         check_adapter(adapter)
     tokenizer = load_tokenizer(model)
-    base = load_base(ModelConfig(path=model, precision=precision))
-    base = quantize_base(base, quantization_of(adapter, quant_type))
+    settings = ModelConfig(path=model, precision=precision)
+    base = load_packed(settings) if packed else load_quantized(settings, quantization_of(adapter, quant_type))
     if adapter is not None:
         base = load_adapter(base, adapter)
     return base.eval(), tokenizer

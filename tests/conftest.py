@@ -1,8 +1,12 @@
 """Fixtures of the whole suite."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
+
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # as the command line does, before datasets is imported
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 

@@ -1,6 +1,10 @@
+import pytest
 import torch
 
 from pyquant.generation import generate_text, load_for_inference
+from pyquant.training.config import QuantizationConfig
+from pyquant.training.errors import ConfigError
+from pyquant.training.quantize import quantize
 
 
 def test_the_trained_adapter_answers(tiny_model, adapter):
@@ -22,6 +26,18 @@ def test_an_adapter_brings_its_quantization(tiny_model, adapter):
     assert "LoraLinear4bit" in types(four_bit)
     assert "Linear4bit" not in types(load_for_inference(str(tiny_model), str(adapter), "none")[0])
     assert "Linear4bit" not in types(load_for_inference(str(tiny_model))[0])
+
+
+@pytest.mark.parametrize("format", ["pyquant", "bitsandbytes"])
+def test_a_model_stored_in_4_bits_is_used_as_it_is(tiny_model, adapter, tmp_path, format):
+    stored = QuantizationConfig(method="fp4", blocksize=128)
+    quantize(str(tiny_model), tmp_path / "packed", stored, "fp32", format)
+    ours, tokenizer = load_for_inference(str(tmp_path / "packed"), str(adapter), precision="fp32")
+    expected, _ = load_for_inference(str(tiny_model), str(adapter), precision="fp32")
+    ids = tokenizer("red blue", return_tensors="pt")["input_ids"]
+    assert torch.equal(ours(ids).logits, expected(ids).logits)
+    with pytest.raises(ConfigError, match="is stored quantized already; leave --quant-type at auto"):
+        load_for_inference(str(tmp_path / "packed"), quant_type="nf4")
 
 
 def test_greedy_is_the_likeliest_token_and_sampling_is_seeded(tiny_model):
