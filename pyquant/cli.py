@@ -53,6 +53,13 @@ class Precision(str, enum.Enum):
     fp32 = "fp32"
 
 
+class Format(str, enum.Enum):
+    """Whose 4-bit layers a checkpoint is for."""
+
+    bitsandbytes = "bitsandbytes"
+    pyquant = "pyquant"
+
+
 class Base(str, enum.Enum):
     """What an adapter is merged into."""
 
@@ -83,8 +90,8 @@ _TRAIN_HELP = (
     "Fine-tune a model as a YAML file says.\n\n"
     "Values on the command line, written section.key=value, replace the file's. The output folder receives the "
     "adapter, metrics.json, loss.png, TensorBoard logs and checkpoints; started again after a kill, the run goes on "
-    "from its last checkpoint.\n\n[bold]Configuration keys, with their defaults[/bold]\n\n\b\n"
-    + escape(describe_keys())
+    "from its last checkpoint. With --config, accelerate starts the processes that its file asks for; batch_size is "
+    "that of each.\n\n[bold]Configuration keys, with their defaults[/bold]\n\n\b\n" + escape(describe_keys())
 )
 
 
@@ -95,12 +102,24 @@ def train(
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[KEY=VALUE]...", help="Such as training.max_steps=100.", show_default=False),
     ] = None,
+    engine: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--config", "-c", help="accelerate's configuration of a run on several GPUs or machines."),
+    ] = None,
 ) -> None:
     from .training.config import load_config
-    from .training.train import train as run
 
     settings = load_config(config, overrides or [])
+    if engine is not None:
+        from .training.launch import launch
+
+        sys.exit(launch(engine, ["train", str(config), *(overrides or [])]))
+    from .training.launch import is_main_process
+    from .training.train import train as run
+
     metrics = run(settings, _console).metrics
+    if not is_main_process():
+        return
     shown = {key: value for key, value in metrics.items() if key != "log" and value is not None}
     _print_table(shown)
     _console.print(f"Adapter: {Path(settings.training.output_dir) / 'adapter'}", highlight=False, soft_wrap=True)
@@ -226,15 +245,42 @@ def quantize(
     quant_type: Annotated[FourBit, typer.Option("--quant-type", "-q", help="4-bit type.")] = FourBit.nf4,
     blocksize: Annotated[int, typer.Option(help="Values that share one absmax.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Quantize the absmax values too.")] = True,
-    precision: Dtype = Precision.auto,
+    skip: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--skip", help="Name pattern of layers to leave dense; may be repeated. [default: lm_head]"),
+    ] = None,
+    precision: Annotated[
+        Precision, typer.Option("--precision", help="Dtype of what stays dense; auto: as it is stored.")
+    ] = Precision.auto,
+    format: Annotated[
+        Format, typer.Option("--format", help="Who from_pretrained loads it with; pyquant reads both.")
+    ] = Format.bitsandbytes,
+    max_shard: Annotated[float, typer.Option("--max-shard-gb", min=0.001, help="Largest file, in GB.")] = 2.0,
 ) -> None:
-    """Quantize a model and save it as a 4-bit checkpoint in bitsandbytes' format."""
+    """Quantize a model to a 4-bit checkpoint, tensor by tensor: it needs memory for one and for one file of the result.
+
+    Says what was left dense, and why.
+    """
     from .training.config import parse_config
     from .training.quantize import quantize as run
 
     section = {"method": quant_type.value, "blocksize": blocksize, "double_quant": double_quant}
-    before, after = run(model, output, parse_config({"quantization": section}).quantization, precision.value)
-    _console.print(f"Saved {output}: {before:,} bytes of weights became {after:,}.", highlight=False, soft_wrap=True)
+    section |= {"skip": skip} if skip else {}
+    before, after, report = run(
+        model,
+        output,
+        parse_config({"quantization": section}).quantization,
+        precision.value,
+        format.value,
+        int(max_shard * 1e9),
+    )
+    for line in report.left_dense():
+        _console.print(escape(line), highlight=False, soft_wrap=True)
+    _console.print(
+        f"Saved {output}: {len(report.quantized)} layers in 4 bits, {before:,} bytes of weights became {after:,}.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

@@ -25,15 +25,20 @@ def load_for_inference(
         ModelError: the model or the adapter is missing or cannot be used.
     """
     from .training.config import ModelConfig
-    from .training.models import check_adapter, check_model, load_adapter, load_base, load_tokenizer, quantization_of
-    from .training.models import quantize as quantize_base
+    from .training.models import (
+        check_adapter,
+        check_model,
+        load_adapter,
+        load_quantized,
+        load_tokenizer,
+        quantization_of,
+    )
 
     check_model(model)
     if adapter is not None:
         check_adapter(adapter)
     tokenizer = load_tokenizer(model)
-    base = load_base(ModelConfig(path=model, precision=precision))
-    base = quantize_base(base, quantization_of(adapter, quant_type))
+    base = load_quantized(ModelConfig(path=model, precision=precision), quantization_of(adapter, quant_type))
     if adapter is not None:
         base = load_adapter(base, adapter)
     return base.eval(), tokenizer

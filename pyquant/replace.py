@@ -7,8 +7,9 @@ import torch
 
 from pyquant.functional import BLOCKSIZES, FLOAT_DTYPES, QUANT_TYPES, QuantState
 from pyquant.nn import Linear4bit, Params4bit
+from pyquant.report import survey
 
-__all__ = ["dequantize_linear", "replace_linear"]
+__all__ = ["check_options", "dequantize_linear", "name_patterns", "refuse_adapters", "replace_linear", "why_dense"]
 
 
 def replace_linear(
@@ -28,8 +29,8 @@ def replace_linear(
     their storage and their own settings. Layers that are 4-bit already stay as they are, so calling it again is safe.
     At no time is there more than the model and one layer.
 
-    A name pattern is a glob (``*`` matches anything) for a module's whole name or its end: ``"q_proj"``,
-    ``"layers.0.*"``, ``"*.mlp.*"``.
+    A name pattern is a glob (``*`` matches anything) for a module's whole name or its end, or for a module that holds
+    it: ``"q_proj"``, ``"layers.0"``, ``"*.mlp.*"``.
 
     Args:
         model: any module; a Hugging Face model, say. It must not have adapters yet.
@@ -40,24 +41,20 @@ def replace_linear(
         skip: name patterns of layers to leave dense.
         targets: name patterns of the layers to replace; by default all.
         quant_storage: dtype that the packed bytes are viewed as (FSDP wants the other parameters' dtype).
-        verbose: print what was done.
+        verbose: print what was done, and which matrices were left dense and why.
 
     Returns:
-        The same model.
+        The same model. Its ``quantization_report`` (`pyquant.QuantizationReport`) says for every module with weights
+        whether it is in 4 bits, and if not, why.
 
     Raises:
         ValueError: an argument has an unsupported value, `targets` matches no linear layer, or a weight holds NaN or
             infinity. Nothing has been changed then.
         TypeError: a weight's dtype cannot be quantized, or the model has adapters already.
     """
-    if quant_type not in QUANT_TYPES:
-        raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {quant_type!r}")
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {blocksize!r}")
-    if compute_dtype is not None and compute_dtype not in FLOAT_DTYPES:
-        raise ValueError(f"compute_dtype must be torch.float32, float16 or bfloat16, got {compute_dtype}")
-    skip, targets = _patterns("skip", skip), _patterns("targets", targets)
-    _refuse_adapters(model)
+    check_options(quant_type, blocksize, compute_dtype)
+    skip, targets = name_patterns("skip", skip), name_patterns("targets", targets)
+    refuse_adapters(model)
 
     if _is_linear(model):
         raise ValueError("the model is a linear layer itself; replace it with pyquant.nn.Linear4bit by hand")
@@ -67,12 +64,8 @@ def replace_linear(
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).append(name)
     names_of = {name: aliases[id(module)] for name, module in linears.items()}
-    selected = {
-        name: module
-        for name, module in linears.items()
-        if not any(_matches(alias, skip) for alias in names_of[name])
-        and (targets is None or any(_matches(alias, targets) for alias in names_of[name]))
-    }
+    reasons = {name: why_dense(names_of[name], skip, targets) for name in linears}
+    selected = {name: module for name, module in linears.items() if reasons[name] is None}
     if targets is not None and not selected:
         raise ValueError(
             f"targets {list(targets)} matches none of the model's linear layers"
@@ -87,7 +80,7 @@ def replace_linear(
     shared: dict[int, Params4bit] = {}
     names = list(todo)
     already = len(selected) - len(todo)
-    left = [name for name in linears if name not in selected]
+    reasons = {name: reason for name, reason in reasons.items() if reason is not None}
     # Only `todo` refers to the dense layers from here on, so that each is freed once it has been replaced.
     del linears, selected
     for name in names:
@@ -102,8 +95,9 @@ def replace_linear(
             _set_submodule(model, alias, layer)
         after += _nbytes(layer)
         del dense
+    model.quantization_report = survey(model, reasons)
     if verbose:
-        print(_report(len(names), already, left, before, after))
+        print("\n".join([_done(len(names), already, before, after), *model.quantization_report.left_dense()]))
     return model
 
 
@@ -120,7 +114,7 @@ def dequantize_linear(model: torch.nn.Module, dtype: torch.dtype | None = None) 
     Raises:
         TypeError: the model has adapters; merge or unload them first.
     """
-    _refuse_adapters(model)
+    refuse_adapters(model)
     # Modules under several names and weights that several layers share stay so.
     layers: dict[int, torch.nn.Linear] = {}
     weights: dict[int, torch.nn.Parameter] = {}
@@ -140,10 +134,22 @@ def dequantize_linear(model: torch.nn.Module, dtype: torch.dtype | None = None) 
             dense.train(module.training)
             layers[id(module)] = dense
         _set_submodule(model, name, dense)
+    model.__dict__.pop("quantization_report", None)
     return model
 
 
-def _patterns(name: str, patterns: Sequence[str] | None) -> tuple[str, ...] | None:
+def check_options(quant_type: str, blocksize: int, compute_dtype: torch.dtype | None) -> None:
+    """Raises ValueError for an unsupported value."""
+    if quant_type not in QUANT_TYPES:
+        raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {quant_type!r}")
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {blocksize!r}")
+    if compute_dtype is not None and compute_dtype not in FLOAT_DTYPES:
+        raise ValueError(f"compute_dtype must be torch.float32, float16 or bfloat16, got {compute_dtype}")
+
+
+def name_patterns(name: str, patterns: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The patterns as a tuple; None stays None for `targets`, and is no pattern for `skip`."""
     if patterns is None:
         return () if name == "skip" else None
     if isinstance(patterns, str):
@@ -153,8 +159,20 @@ def _patterns(name: str, patterns: Sequence[str] | None) -> tuple[str, ...] | No
     return tuple(patterns)
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*.{p}") for p in patterns)
+def why_dense(names: Sequence[str], skip: Sequence[str], targets: Sequence[str] | None) -> str | None:
+    """Why the linear layer that stands under `names` is left dense, or None if it is to be quantized."""
+    for pattern in skip:
+        if any(_matches(name, pattern) for name in names):
+            return f"skip names it ({pattern!r})"
+    if targets is None or any(_matches(name, pattern) for name in names for pattern in targets):
+        return None
+    return "targets does not name it"
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    modules = (".".join(parts[: i + 1]) for i in range(len(parts)))  # the module itself and those that hold it
+    return any(fnmatch.fnmatchcase(m, pattern) or fnmatch.fnmatchcase(m, f"*.{pattern}") for m in modules)
 
 
 def _is_bitsandbytes(module: torch.nn.Module) -> bool:
@@ -175,13 +193,14 @@ def _adapter_layers(model: torch.nn.Module) -> Iterator[str]:
             yield name
 
 
-def _refuse_adapters(model: torch.nn.Module) -> None:
+def refuse_adapters(
+    model: torch.nn.Module,
+    remedy: str = "quantize first and call get_peft_model afterwards, or merge them with merge_and_unload()",
+) -> None:
+    """Raises TypeError for a model with adapters."""
     name = next(_adapter_layers(model), None)
     if name is not None:
-        raise TypeError(
-            f"the model has adapters already ({name}); quantize first and call get_peft_model afterwards, "
-            f"or merge them with merge_and_unload()"
-        )
+        raise TypeError(f"the model has adapters already ({name}); {remedy}")
 
 
 def _check_weight(
@@ -312,12 +331,10 @@ def _summary(linears: Iterable[str], limit: int = 12) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _report(replaced: int, already: int, left: list[str], before: int, after: int) -> str:
+def _done(replaced: int, already: int, before: int, after: int) -> str:
     text = f"pyquant: {replaced} linear layer{'' if replaced == 1 else 's'} replaced by 4-bit"
     if replaced:
         text += f", weights {before / 2**20:,.1f} MiB -> {after / 2**20:,.1f} MiB"
     if already:
         text += f"; {already} were 4-bit already"
-    if left:
-        text += f"; left dense: {_summary(left)}"
     return text

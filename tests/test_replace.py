@@ -108,6 +108,8 @@ def test_calling_it_again_changes_nothing(tiny_mistral):
         ((), "down_proj", 2),
         (("proj",), ["q_proj"], 2),  # a pattern is a whole name or its end, never a part
         (("*[qk]_proj", "lm_head"), None, 10),
+        (("lm_head", "layers.0"), None, 7),  # a module's name stands for all that it holds
+        (("lm_head", "layer"), ["mlp"], 6),
     ],
 )
 def test_patterns_choose_the_layers(tiny_mistral, skip, targets, count):
@@ -313,12 +315,60 @@ def test_the_report_says_what_was_done(tiny_mistral, capsys):
     before = 2 * (2 * 64 * 64 + 2 * 32 * 64) * 4 / 2**20
     assert text.startswith("pyquant: 8 linear layers replaced by 4-bit, weights ")
     assert f"weights {before:,.1f} MiB -> 0.0 MiB" in text
-    assert "left dense: down_proj, gate_proj, lm_head, up_proj" in text
+    assert "\n  left dense: model.layers.*.mlp.down_proj (2 × Linear, 0.1 MiB): targets does not name it\n" in text
+    assert "\n  left dense: lm_head (Linear, 0.0 MiB): skip names it ('lm_head')\n" in text
     pyquant.replace_linear(tiny_mistral)
-    text = capsys.readouterr().out
-    assert re.match(r"pyquant: 6 linear layers .*; 8 were 4-bit already; left dense: lm_head\n$", text)
+    first, *left = capsys.readouterr().out.splitlines()
+    assert re.match(r"pyquant: 6 linear layers .*; 8 were 4-bit already$", first)
+    assert [line.split()[2] for line in left] == ["model.embed_tokens", "lm_head"]
     pyquant.replace_linear(tiny_mistral, verbose=False)
     assert not capsys.readouterr().out
+
+
+def test_the_report_holds_every_module_with_weights(tiny_mistral):
+    total = sum(p.numel() for p in tiny_mistral.parameters())
+    replace(tiny_mistral, skip=("lm_head", "layers.1"))
+    report = tiny_mistral.quantization_report
+    with_weights = {name for name, m in tiny_mistral.named_modules() if list(m.parameters(recurse=False))}
+    assert {entry.name for entry in report} == with_weights
+    assert {entry.name for entry in report.quantized} == set(linears(tiny_mistral))
+    assert sum(entry.parameters for entry in report) == total
+    reasons = {entry.name: entry.reason for entry in report}
+    assert reasons["model.layers.1.mlp.up_proj"] == "skip names it ('layers.1')"
+    assert reasons["model.layers.0.mlp.up_proj"] == "nf4, blocks of 64, double quantization"
+    assert reasons["model.norm"] == "no matrix"
+    assert "model.layers.*.mlp.up_proj (Linear4bit" not in str(report)  # one of each: no folding
+    assert "model.layers.*.input_layernorm (2 × MistralRMSNorm" in str(report)
+    weight = tiny_mistral.model.layers[0].mlp.up_proj.weight
+    entry = next(entry for entry in report if entry.name == "model.layers.0.mlp.up_proj")
+    assert entry.nbytes == weight.nbytes + weight.quant_state.nbytes()
+    assert not hasattr(pyquant.dequantize_linear(tiny_mistral), "quantization_report")
+
+
+def test_what_cannot_be_quantized_is_named_with_its_size(capsys):
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = torch.nn.Parameter(torch.zeros(4, 128, 64, dtype=torch.bfloat16))
+
+    class Special(torch.nn.Linear):
+        pass
+
+    model = torch.nn.Sequential(
+        Experts(),
+        Special(64, 64),
+        torch.nn.Conv1d(64, 64, 3),
+        torch.nn.MultiheadAttention(64, 2),
+        torch.nn.Linear(64, 64),
+    )
+    pyquant.replace_linear(model, skip=())
+    text = capsys.readouterr().out
+    assert "0.gate_up_proj (Experts 4×128×64, 0.1 MiB): expert matrices in one parameter" in text
+    assert "1 (Special, 0.0 MiB): a subclass of Linear with a forward of its own" in text
+    assert "2 (Conv1d, 0.0 MiB): Conv1d is not a linear layer" in text
+    assert "3 (MultiheadAttention, 0.0 MiB): MultiheadAttention is not a linear layer" in text
+    (experts,) = model.quantization_report.experts
+    assert (experts.parameters, experts.nbytes) == (4 * 128 * 64, 2 * 4 * 128 * 64)
 
 
 def bitsandbytes_model(**options):

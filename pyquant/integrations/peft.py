@@ -3,27 +3,36 @@
 `register` makes every `peft.LoraConfig` know the layer, so ``get_peft_model(model, LoraConfig(...))`` uses it.
 """
 
+import copy
+import os
 import warnings
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
-from pyquant.functional import quantize_4bit, statistics
+from pyquant.functional import dequantize_4bit, quantize_4bit, statistics
 from pyquant.nn import Linear4bit
+from pyquant.replace import dequantize_linear
 
-__all__ = ["LoraLinear4bit", "lora_config", "register"]
+__all__ = ["LoraLinear4bit", "lora_config", "merge_and_unload", "register"]
+
+# The others look at the base weight.
+_INITIALIZATIONS = ("gaussian", "eva")
 
 
 class LoraLinear4bit(torch.nn.Module, LoraLayer):
     """A `Linear4bit` with LoRA adapters (Hu et al., 2021).
 
     One active adapter without bias, the usual case, runs in the fused op: ``y = x·Wᵀ + s·dropout(x)·Aᵀ·Bᵀ + bias``
-    and its backward. Several active adapters, adapter biases and batches that mix adapters run adapter by adapter.
+    and its backward. Several active adapters, adapter biases, DoRA (Liu et al., 2024) and batches that mix adapters run
+    adapter by adapter, in PEFT's arithmetic; DoRA dequantizes the weight in each forward pass for its norm.
 
     Merging adds the adapters to the dequantized 4-bit weight and quantizes the sum; unmerging restores the bytes that
-    were there before.
+    were there before. `pyquant.merge_and_unload` merges into 16-bit weights.
     """
 
     def __init__(
@@ -43,10 +52,27 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         self._unmerged_weight = None
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
+        start = config.init_lora_weights
+        if isinstance(start, str) and start.lower() not in _INITIALIZATIONS:
+            raise ValueError(
+                f"init_lora_weights={start!r} reads or rewrites the dense base weight, which a 4-bit layer does not "
+                f"have; use True, 'gaussian' or 'eva', or initialize the adapter on the dense model and quantize then"
+            )
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs):
-        for option in ("use_dora", "alora_invocation_tokens", "arrow_config", "velora_config"):
+        for option in ("alora_invocation_tokens", "arrow_config", "velora_config"):
             if getattr(config, option, None):
                 raise ValueError(f"pyquant's 4-bit LoRA layer does not support {option}; leave it out of LoraConfig")
+        return Dora4bitVariant() if config.use_dora else None
+
+    def _get_base_layer_device_and_dtype(self, base_layer):
+        # The dtype of a new adapter, which PEFT then raises to float32 unless autocast_adapter_dtype=False is given:
+        # the products', or what the weight had before it was quantized. The packed bytes' says nothing.
+        weight = base_layer.weight
+        dtype = weight.quant_state.dtype if weight.bnb_quantized else weight.dtype
+        return weight.device, base_layer.compute_dtype or dtype
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         self._check_forward_args(x, *args, **kwargs)
@@ -60,15 +86,19 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.merged or not active:
             return self.base_layer(x)
-        if len(active) == 1 and not self.lora_bias[active[0]] and type(self.base_layer) is not LoraLinear4bit:
+        if len(active) == 1 and not self.lora_bias[active[0]] and active[0] not in self.lora_variant:
             return self._fused_forward(x, active[0])
 
         result = self.base_layer(x)
         for name in active:
             lora_A, lora_B = self.lora_A[name], self.lora_B[name]
             inputs = self._cast_input_dtype(x, lora_A.weight.dtype)
-            delta = lora_B(lora_A(self.lora_dropout[name](inputs))) * self.scaling[name]
-            result = result + delta.to(result.dtype)
+            if name in self.lora_variant:
+                changed = self.lora_variant[name].forward(self, active_adapter=name, x=inputs, result=result)
+                result = changed.to(result.dtype)
+            else:
+                delta = lora_B(lora_A(self.lora_dropout[name](inputs))) * self.scaling[name]
+                result = result + delta.to(result.dtype)
         return result
 
     def _fused_forward(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -104,48 +134,76 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         """What the adapter adds to the weight: scaling · B · A, ``[N, K]``."""
         return self.lora_B[adapter].weight @ self.lora_A[adapter].weight * self.scaling[adapter]
 
+    def _merged_weight(self, names: list[str]) -> torch.Tensor:
+        """The dequantized base weight with adapters added to it: float32 ``[N, K]``."""
+        base = self._dequantized()
+        dense = base.clone()
+        for name in names:
+            delta = self.get_delta_weight(name).to(dense)
+            dense += delta
+            if name in self.lora_variant:
+                magnitude = self.lora_magnitude_vector[name]
+                norm = magnitude.get_weight_norm(base, delta, scaling=1)
+                dense *= (magnitude.weight.to(dense) / norm).view(-1, 1)
+        return dense
+
+    def _dequantized(self) -> torch.Tensor:
+        base = self.get_base_layer()
+        data, state = self._unmerged_weight or (base.weight, base.packed_state())
+        return torch.ops.pyquant.dequantize_4bit(
+            data, *statistics(state), state.quant_type, state.blocksize, state.shape, torch.float32
+        )
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges adapters into the 4-bit base weight: dequantize, add, quantize again.
 
-        The result is rounded to 4 bits, so outputs change a little. To merge into 16-bit weights, load the adapter on
-        the original model, or use ``pyquant merge``.
+        The result is rounded to 4 bits, so outputs change a little. `pyquant.merge_and_unload` merges into the
+        dequantized or into the original weights in 16 bits.
 
         Args:
             safe_merge: check the merged weight for NaN and infinity before anything changes.
             adapter_names: the active adapters by default.
 
         Raises:
-            ValueError: `safe_merge` found NaN or infinity.
+            ValueError: `safe_merge` found NaN or infinity, or an adapter has a bias and the base layer none.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.lora_A]
         if not names:
             return
-        weight = self.get_base_layer().weight
-        original = self._unmerged_weight or (weight.data, weight.quant_state)
-        dense = torch.ops.pyquant.dequantize_4bit(
-            original[0], *statistics(original[1]), original[1].quant_type, original[1].blocksize, original[1].shape,
-            torch.float32,
-        )  # fmt: skip
-        for name in [*self.merged_adapters, *names]:
-            dense += self.get_delta_weight(name).to(dense)
+        warnings.warn(
+            "merging into the dequantized 4-bit weights that the adapter was trained on, and rounding the sum to 4 "
+            "bits again; pyquant.merge_and_unload keeps 16 bits, and can merge into the original weights",
+            stacklevel=2,
+        )
+        self._check_biases(names)
+        base = self.get_base_layer()
+        original = self._unmerged_weight or (base.weight.data, base.weight.quant_state)
+        with torch.no_grad():
+            dense = self._merged_weight([*self.merged_adapters, *names])
         if safe_merge and not torch.isfinite(dense).all():
             raise ValueError(f"merging {', '.join(names)} gives NaN or infinity; the adapter is broken")
-        biases = [name for name in names if self.lora_bias[name]]
-        if biases and self.get_base_layer().bias is None:
-            raise ValueError(f"the adapter {biases[0]} has a bias and the base layer has none to merge it into")
         self._set_weight(
             *quantize_4bit(
                 dense.to(original[1].dtype),
-                blocksize=weight.blocksize,
-                compress_statistics=weight.compress_statistics,
-                quant_type=weight.quant_type,
-                quant_storage=weight.quant_storage,
+                blocksize=base.weight.blocksize,
+                compress_statistics=base.weight.compress_statistics,
+                quant_type=base.weight.quant_type,
+                quant_storage=base.weight.quant_storage,
             )
         )
-        for name in biases:
-            self.get_base_layer().bias.data += self.lora_B[name].bias.to(self.get_base_layer().bias)
+        for name in names:
+            if self.lora_bias[name]:
+                base.bias.data += self._bias_delta(name).to(base.bias)
         self._unmerged_weight = original
         self.merged_adapters.extend(names)
+
+    def _check_biases(self, names: list[str]) -> None:
+        for name in names:
+            if self.lora_bias[name] and self.get_base_layer().bias is None:
+                raise ValueError(f"the adapter {name} has a bias and the base layer has none to merge it into")
+
+    def _bias_delta(self, name: str) -> torch.Tensor:
+        return self.lora_B[name].bias.detach() * self.scaling[name]
 
     def unmerge(self) -> None:
         """Restores the base weight's bytes from before the first merge."""
@@ -157,7 +215,7 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         self._set_weight(data.to(device), state.to(device))
         for name in self.merged_adapters:
             if self.lora_bias[name]:
-                self.get_base_layer().bias.data -= self.lora_B[name].bias.to(self.get_base_layer().bias)
+                self.get_base_layer().bias.data -= self._bias_delta(name).to(self.get_base_layer().bias)
         self._unmerged_weight = None
         self.merged_adapters.clear()
 
@@ -171,6 +229,113 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
 
     def __repr__(self) -> str:
         return "lora." + super().__repr__()
+
+
+class Dora4bitVariant(DoraLinearVariant):
+    """PEFT's DoRA on a 4-bit base: its arithmetic is given the dequantized weight, for the time of a forward pass."""
+
+    @staticmethod
+    def init(module: LoraLinear4bit, adapter_name: str, **kwargs) -> None:
+        if "lora_magnitude_vector" not in module.adapter_layer_names:
+            module.adapter_layer_names = (*module.adapter_layer_names, "lora_magnitude_vector")
+        layer = DoraLinearLayer(fan_in_fan_out=False)
+        lora_A, lora_B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
+        layer.update_layer(
+            base_layer=_dense(module.get_base_layer()),
+            lora_A=lora_A,
+            lora_B=lora_B,
+            scaling=module.scaling[adapter_name],
+        )
+        module.lora_magnitude_vector[adapter_name] = layer
+
+    @staticmethod
+    def forward(module: LoraLinear4bit, active_adapter: str, x, result, **kwargs) -> torch.Tensor:
+        dropout = module.lora_dropout[active_adapter]
+        drops = module.training and not isinstance(dropout, torch.nn.Identity)
+        delta = module.lora_magnitude_vector[active_adapter](
+            dropout(x) if drops else x,
+            lora_A=module.lora_A[active_adapter],
+            lora_B=module.lora_B[active_adapter],
+            scaling=module.scaling[active_adapter],
+            base_layer=_dense(module.get_base_layer()),
+            base_result=None if drops else result,
+            adapter_name=active_adapter,
+        )
+        return result + delta
+
+
+def _dense(layer: Linear4bit) -> torch.nn.Linear:
+    dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    weight = dequantize_4bit(layer.weight, layer.packed_state())
+    dense.weight = torch.nn.Parameter(weight, requires_grad=False)
+    dense.bias = layer.bias
+    return dense
+
+
+def merge_and_unload(
+    model: PeftModel,
+    base: str = "4bit",
+    original: str | os.PathLike | torch.nn.Module | None = None,
+    adapter_names: list[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.nn.Module:
+    """Merges adapters into 16-bit weights, and returns a model without adapters and without 4-bit layers.
+
+    Args:
+        model: from ``get_peft_model`` on a model with 4-bit layers. ``base="4bit"`` uses it up, as PEFT's own
+            ``merge_and_unload`` does.
+        base: ``"4bit"`` adds the adapters to the dequantized 4-bit weights, which they were trained on: the result
+            computes what the adapted model did. ``"16bit"`` adds them to the weights from before quantization, whose
+            precision it keeps.
+        original: for ``"16bit"``, the dense model, which is left as it is, or its folder or hub name.
+        adapter_names: the active adapters by default.
+        dtype: of dequantized weights; by default what each had before it was quantized.
+
+    Returns:
+        The dense model. Its attribute ``merged_into`` says in words what was merged into.
+
+    Raises:
+        ValueError: another `base`, `original` missing or superfluous, or an adapter that is NaN or infinite.
+        TypeError: the model has no adapters on 4-bit layers.
+    """
+    if base not in ("4bit", "16bit"):
+        raise ValueError(f"base must be '4bit' or '16bit', got {base!r}")
+    if (base == "16bit") != (original is not None):
+        raise ValueError('base="16bit" needs original, the model from before quantization; base="4bit" takes none')
+    if not any(isinstance(module, LoraLinear4bit) for module in model.modules()):
+        raise TypeError("the model has no adapters on 4-bit layers; PEFT's own merge_and_unload merges others")
+    names = list(adapter_names or model.active_adapters)
+    configs = {name: copy.deepcopy(model.peft_config[name]) for name in names}
+    states = {
+        name: {
+            key: value.detach().clone()
+            for key, value in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items()
+        }
+        for name in names
+    }
+    if base == "4bit":
+        if any(isinstance(module, LoraLinear4bit) and module.merged for module in model.modules()):
+            model.unmerge_adapter()
+        packed = model.unload()
+        into = "the dequantized 4-bit weights that they were trained on"
+        dense = packed.dequantize(dtype) if hasattr(packed, "hf_quantizer") else dequantize_linear(packed, dtype)
+    elif isinstance(original, torch.nn.Module):
+        into = "the original weights from before quantization"
+        dense = copy.deepcopy(original)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        into = f"the original weights of {original}"
+        dense = AutoModelForCausalLM.from_pretrained(original)
+    # PEFT merges: it knows what else an adapter can hold, such as whole modules.
+    adapted = PeftModel(dense, configs[names[0]], adapter_name=names[0])
+    for name in names[1:]:
+        adapted.add_adapter(name, configs[name])
+    for name in names:
+        set_peft_model_state_dict(adapted, states[name], adapter_name=name)
+    merged = adapted.merge_and_unload(safe_merge=True, adapter_names=names)
+    merged.merged_into = f"{', '.join(names)} merged into {into}"
+    return merged
 
 
 def lora_config(r: int = 16, lora_alpha: int = 32, target_modules="all-linear", **kwargs) -> LoraConfig:
@@ -198,3 +363,6 @@ def register() -> None:
 
     post_init_and_register._pyquant = True
     LoraConfig.__post_init__ = post_init_and_register
+
+
+register()

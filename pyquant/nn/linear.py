@@ -90,6 +90,8 @@ class Linear4bit(torch.nn.Linear):
         if not self.compute_type_is_set:
             if torch.is_autocast_enabled(x.device.type):
                 return torch.get_autocast_dtype(x.device.type)
+            if torch.compiler.is_compiling():  # A graph that changed the layer would be compiled twice.
+                return x.dtype
             self.set_compute_type(x)
         return x.dtype if self.compute_dtype is None else self.compute_dtype
 
@@ -143,8 +145,10 @@ class Linear4bit(torch.nn.Linear):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # FSDP2's checkpoints know parameters alone: the statistics of a sharded weight, which training does not change,
+        # stay with the layer.
         state = getattr(self.weight, "quant_state", None) or self.quant_state
-        if state is not None:
+        if state is not None and not _is_sharded(self.weight):
             for key, value in state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
 
@@ -173,6 +177,12 @@ class Linear4bit(torch.nn.Linear):
     def _load_weight(self, data: torch.Tensor, statistics: dict[str, Any], assign: bool) -> None:
         shape = (self.out_features, self.in_features)
         weight = self.weight
+        if _is_sharded(weight):  # and so is what FSDP2 loads
+            if data.shape != weight.shape or data.dtype != weight.dtype:
+                raise CheckpointError(f"expected the packed bytes as {weight.dtype} {tuple(weight.shape)}")
+            with torch.no_grad():
+                weight.copy_(data)
+            return
         device = data.device if assign or weight.device.type == "meta" else weight.device
         if statistics:
             if not assign:  # The layer must not share storage with the checkpoint.
@@ -208,9 +218,17 @@ class Linear4bit(torch.nn.Linear):
         self.quant_storage = weight.quant_storage
 
     def extra_repr(self) -> str:
-        weight = self.weight
-        kind = f"{weight.quant_type}, blocksize={weight.blocksize}, double_quant={weight.compress_statistics}"
-        return f"{super().extra_repr()}, {kind}" + ("" if weight.bnb_quantized else ", not quantized yet")
+        state = getattr(self.weight, "quant_state", None) or self.quant_state
+        if state is None:
+            weight = self.weight
+            kind = f"{weight.quant_type}, blocksize={weight.blocksize}, double_quant={weight.compress_statistics}"
+            return f"{super().extra_repr()}, {kind}, not quantized yet"
+        return f"{super().extra_repr()}, {state.quant_type}, blocksize={state.blocksize}, double_quant={state.nested}"
+
+
+def _is_sharded(weight: torch.Tensor) -> bool:
+    """Whether FSDP2 has put a DTensor in the parameter's place."""
+    return hasattr(weight, "placements")
 
 
 class LinearFP4(Linear4bit):

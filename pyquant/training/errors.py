@@ -26,11 +26,11 @@ class ModelError(UserError):
     """A model or adapter is missing or cannot be used."""
 
 
-def require(module: str, extra: str = "train") -> ModuleType:
+def require(module: str, extra: str | None = "train") -> ModuleType:
     """Import an optional dependency.
 
     Raises:
-        UserError: it is not installed; the message names the extra that brings it.
+        UserError: it is not installed; the message names the extra that brings it, or the package where there is none.
     """
     try:
         return importlib.import_module(module)
@@ -38,4 +38,5 @@ def require(module: str, extra: str = "train") -> ModuleType:
         if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
             raise
         package = module.split(".")[0]
-        raise UserError(f"{package} is not installed; install it with: pip install 'pyquant[{extra}]'.") from error
+        what = package if extra is None else f"'pyquant[{extra}]'"
+        raise UserError(f"{package} is not installed; install it with: pip install {what}.") from error

@@ -12,6 +12,7 @@ import torch
 
 from .config import AdapterConfig, ModelConfig, QuantizationConfig
 from .errors import ModelError
+from .launch import uses_fsdp
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,6 +27,7 @@ __all__ = [
     "choose_dtype",
     "load_adapter",
     "load_base",
+    "load_quantized",
     "load_tokenizer",
     "quantization_of",
     "quantize",
@@ -123,22 +125,61 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> "PreTr
     Raises:
         ModelError: see `check_model` and `choose_dtype`, it is stored quantized, or its weights cannot be read.
     """
-    from transformers import AutoModelForCausalLM
+    device = device or choose_device()
+    return _load(config, choose_dtype(config.precision, device)).to(device)
+
+
+def load_quantized(
+    config: ModelConfig, quantization: QuantizationConfig, device: torch.device | None = None
+) -> "PreTrainedModel":
+    """Load the base model onto the device and quantize its linear layers on the way, so that the device never holds
+    more than the 4-bit model and one layer. With ``method: none`` this is `load_base`.
+
+    Raises:
+        ModelError: see `load_base`, or a weight cannot be quantized.
+    """
+    if quantization.method == "none":
+        return load_base(config, device)
+    import pyquant
 
     device = device or choose_device()
     dtype = choose_dtype(config.precision, device)
-    stored = check_model(config.path)
+    settings = pyquant.PyQuantConfig(
+        quantization.method,
+        quantization.blocksize,
+        quantization.double_quant,
+        compute_dtype=dtype,
+        skip=quantization.skip,
+        quant_storage=_storage(dtype),
+        verbose=False,
+    )
+    model = _load(config, dtype, quantization_config=settings, device_map={"": device})
+    # TRL would round the adapters of a model that says so to bfloat16; here they stay in float32.
+    model.is_loaded_in_4bit = False
+    return model
+
+
+def _load(config: ModelConfig, dtype: torch.dtype, **options) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    if getattr(check_model(config.path), "quantization_config", None) is not None:
+        raise ModelError(f"{config.path} is stored quantized; give the 16-bit model, which is quantized on loading.")
     folder = Path(config.path).expanduser()
     path = str(folder) if folder.is_dir() else config.path
-    if getattr(stored, "quantization_config", None) is not None:
-        raise ModelError(f"{config.path} is stored quantized; give the 16-bit model, which is quantized on loading.")
-    options = {"attn_implementation": config.attention} if config.attention else {}
+    if config.attention:
+        options["attn_implementation"] = config.attention
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
-    except (OSError, ValueError, ImportError) as error:
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(f"the model {config.path} cannot be loaded: {_first(error)}") from error
-    return model.to(device)
+
+
+def _storage(dtype: torch.dtype) -> torch.dtype:
+    # FSDP shards parameters of the same float dtype as the others.
+    return dtype if uses_fsdp() else torch.uint8
 
 
 def quantize(model: "PreTrainedModel", config: QuantizationConfig) -> "PreTrainedModel":
@@ -154,6 +195,7 @@ def quantize(model: "PreTrainedModel", config: QuantizationConfig) -> "PreTraine
         double_quant=config.double_quant,
         compute_dtype=model.dtype,
         skip=tuple(config.skip),
+        quant_storage=_storage(model.dtype),
         verbose=False,
     )
 

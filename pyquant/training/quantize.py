@@ -1,47 +1,54 @@
-"""Saving a model in 4 bits, in bitsandbytes' checkpoint format."""
+"""Saving a model in 4 bits from the command line."""
 
 from pathlib import Path
 
-from .config import ModelConfig, QuantizationConfig
-from .errors import ConfigError
-from .memory import weight_bytes
-from .models import check_model, load_base, load_tokenizer, quiet
-from .models import quantize as quantize_base
+import torch
+
+import pyquant
+from pyquant.report import QuantizationReport
+
+from .config import QuantizationConfig
+from .errors import ConfigError, ModelError
+from .models import check_model
 
 __all__ = ["quantize"]
 
+_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 def quantize(
-    model: str, output: str | Path, quantization: QuantizationConfig, precision: str = "auto"
-) -> tuple[int, int]:
-    """Load a model, quantize its linear layers and save it; transformers with bitsandbytes reads the result too.
+    model: str,
+    output: str | Path,
+    quantization: QuantizationConfig,
+    precision: str = "auto",
+    format: str = "bitsandbytes",
+    max_shard_bytes: int = 2_000_000_000,
+) -> tuple[int, int, QuantizationReport]:
+    """Quantize a model's linear layers and save it, one tensor at a time; see `pyquant.quantize_pretrained`.
 
     Returns:
-        Bytes of the weights before and after.
+        Bytes of the weights before and after, and what was quantized and what was not.
 
     Raises:
         ConfigError: ``output`` holds something.
-        ModelError: the model is missing, or stored quantized already.
+        ModelError: the model is missing, stored quantized already, or a weight cannot be quantized.
     """
-    check_model(model)
+    if getattr(check_model(model), "quantization_config", None) is not None:
+        raise ModelError(f"{model} is stored quantized; give the 16-bit model, which is quantized here.")
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} exists and is not empty; give a new folder for the 4-bit model.")
-    tokenizer = load_tokenizer(model)
-    loaded = load_base(ModelConfig(path=model, precision=precision))
-    before = weight_bytes(loaded)
-    quantize_base(loaded, quantization)
-    loaded.config.quantization_config = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": quantization.method,
-        "bnb_4bit_use_double_quant": quantization.double_quant,
-        "bnb_4bit_compute_dtype": str(loaded.dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": quantization.skip,
-    }
-    with quiet():
-        loaded.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    return before, weight_bytes(loaded)
+    config = pyquant.PyQuantConfig(
+        quantization.method, quantization.blocksize, quantization.double_quant, skip=quantization.skip
+    )
+    try:
+        return pyquant.quantize_pretrained(
+            str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model,
+            output,
+            config,
+            format=format,
+            dtype=_DTYPES[precision],
+            max_shard_bytes=max_shard_bytes,
+        )
+    except ValueError as error:
+        raise ModelError(f"the model {model} cannot be quantized: {error}.") from error

@@ -15,14 +15,14 @@ from rich.console import Console
 from .config import Config, TrainingConfig, nearest, parse_config, to_dict
 from .data import load_splits, render_prompt
 from .errors import ConfigError, require
+from .launch import is_main_process
 from .models import (
     add_adapter,
     check_model,
     choose_device,
     choose_dtype,
-    load_base,
+    load_quantized,
     load_tokenizer,
-    quantize,
     write_adapter_record,
 )
 
@@ -61,7 +61,7 @@ def train(config: Config, console: Console | None = None, model: "PreTrainedMode
     Raises:
         UserError: the configuration, the data or the model cannot be used. Nothing has been written then.
     """
-    console = console or Console()
+    console = (console or Console()) if is_main_process() else Console(quiet=True)
     for module in ("trl", "datasets", "matplotlib", *(("tensorboard",) if config.training.tensorboard else ())):
         require(module)
     # Everything a user can get wrong is checked before the weights are read.
@@ -76,7 +76,7 @@ def train(config: Config, console: Console | None = None, model: "PreTrainedMode
     tokenizer = load_tokenizer(config.model.path)
 
     if model is None:
-        model = quantize(load_base(config.model, device), config.quantization)
+        model = load_quantized(config.model, config.quantization, device)
     make_deterministic(config.training)
     trainer = build_trainer(config, model, tokenizer, train_rows, eval_rows, console)
 
@@ -115,9 +115,9 @@ def train(config: Config, console: Console | None = None, model: "PreTrainedMode
         metrics |= {"eval_loss": eval_loss, "eval_perplexity": math.exp(eval_loss), "eval_rows": len(eval_rows)}
     metrics["log"] = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
 
+    adapter = output / "adapter"
+    trainer.save_model(str(adapter))  # by all processes: each may hold a part
     if trainer.is_world_process_zero():
-        adapter = output / "adapter"
-        trainer.save_model(str(adapter))
         write_adapter_record(adapter, config.model, config.quantization)
         (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         if metrics["log"]:
@@ -165,6 +165,7 @@ def build_trainer(
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # every adapter runs in every step
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=settings.log_every,
         logging_first_step=True,  # the shortest run has a curve too
@@ -266,7 +267,9 @@ def _is_checkpoint(folder: Path) -> bool:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return all((folder / name).is_file() for name in ("adapter_config.json", "optimizer.pt", "scheduler.pt"))
+    # The optimizer is a file, or a folder of shards where FSDP or DeepSpeed writes it.
+    optimizer = any(folder.glob("optimizer*")) or any(folder.glob("global_step*"))
+    return optimizer and all((folder / name).is_file() for name in ("adapter_config.json", "scheduler.pt"))
 
 
 def _is_finished(settings: TrainingConfig, checkpoint: Path) -> bool:

@@ -91,6 +91,12 @@ print(type(model.base_model.model[0]).__name__, type(model.base_model.model[1]).
     assert result.stdout.split() == ["LoraLinear4bit", "LoraLinear4bit"]
 
 
+def test_pyquant_may_be_the_first_to_import_peft():
+    script = "import pyquant; print(pyquant.lora_config().r, pyquant.PyQuantConfig().blocksize)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["16", "64"], result.stderr
+
+
 def test_importing_pyquant_does_not_import_peft():
     script = "import sys, pyquant; print('peft' in sys.modules, 'transformers' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
@@ -326,7 +332,7 @@ def test_gradient_checkpointing_repeats_the_dropout(models, token_ids, reentrant
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"use_dora": True}, "use_dora"), ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens")],
+    [({"alora_invocation_tokens": [1]}, "alora_invocation_tokens")],
 )
 def test_unsupported_variants_are_refused(models, options, named):
     quantized, _ = models
@@ -372,3 +378,203 @@ def test_a_copy_of_an_adapted_model_is_independent(models, token_ids):
     assert torch.equal(other(token_ids).logits, expected)
     other.merge_adapter()
     assert torch.equal(ours(token_ids).logits, expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dora_is_plain_pefts(models, token_ids, dropout):
+    ours, dense = (get_peft_model(model, config(use_dora=True, lora_dropout=dropout)) for model in models)
+    for name, layer in linears(ours, LoraLinear4bit).items():
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        torch.testing.assert_close(magnitude.data, layer.base_layer.weight.dequantize().norm(dim=1))
+        torch.testing.assert_close(magnitude, dense.get_submodule(name).lora_magnitude_vector["default"].weight)
+    randomize(ours)  # the magnitudes too
+    copy_adapters(ours, dense)
+    results = []
+    for model in (ours, dense):
+        torch.manual_seed(3)
+        loss = loss_of(model.train(), token_ids)
+        loss.backward()
+        results.append(loss)
+    assert_close(results[0], results[1])
+    gradients = adapter_gradients(ours)
+    assert sum("magnitude" in name for name in gradients) == 14
+    for name, gradient in adapter_gradients(dense).items():
+        assert_close(gradients[name], gradient, 1e-3)
+    assert_close(ours.eval()(token_ids).logits, dense.eval()(token_ids).logits)
+
+
+def test_dora_merges_and_unmerges(models, token_ids):
+    ours, dense = adapted_pair(models, use_dora=True)
+    before = packed_bytes(ours)
+    ours.merge_adapter()
+    dense.merge_adapter()
+    for name, layer in linears(ours, pyquant.nn.Linear4bit).items():
+        merged = dense.get_submodule(name).weight
+        packed, _ = pyquant.functional.quantize_4bit(merged.data, quant_type="nf4", compress_statistics=True)
+        assert (packed == layer.weight.data).float().mean() > 0.99, name  # the two sums round differently
+    ours.unmerge_adapter()
+    assert all(torch.equal(packed_bytes(ours)[name][0], value) for name, (value, _) in before.items())
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "orthogonal"])
+def test_an_initialization_from_the_base_weight_is_refused(models, start):
+    quantized, _ = models
+    before = packed_bytes(quantized)
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}' reads or rewrites the dense base weight"):
+        get_peft_model(quantized, config(init_lora_weights=start))
+    assert all(torch.equal(packed_bytes(quantized)[name][0], value) for name, (value, _) in before.items())
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian"])
+def test_an_initialization_of_the_adapter_alone_works(models, token_ids, start):
+    ours, dense = (get_peft_model(model, config(init_lora_weights=start)) for model in models)
+    copy_adapters(ours, dense)
+    assert_close(ours(token_ids).logits, dense(token_ids).logits)
+
+
+@pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
+def test_weighted_combinations_are_plain_pefts(models, token_ids, combination):
+    pair = adapted_pair(models)
+    for model in pair:
+        model.add_adapter("second", config(r=4, lora_alpha=4))
+        randomize(model, seed=5)
+    ours, dense = pair
+    copy_adapters(ours, dense)
+    for model in pair:
+        model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "both", combination_type=combination)
+        model.set_adapter("both")
+    assert_close(ours(token_ids).logits, dense(token_ids).logits, 1e-3)
+    assert not torch.equal(ours(token_ids).logits, ours.get_base_model()(token_ids).logits + 1)
+    for model in pair:
+        model.delete_adapter("both")
+        model.set_adapter("second")
+    assert_close(ours(token_ids).logits, dense(token_ids).logits)
+
+
+def test_modules_to_save_are_trained_and_saved(models, token_ids, tmp_path):
+    quantized, dense = models
+    blank = copy.deepcopy(quantized)
+    options = {"modules_to_save": ["lm_head", "embed_tokens"]}
+    ours, plain = get_peft_model(quantized, config(**options)), get_peft_model(dense, config(**options))
+    copy_adapters(ours, plain)
+    losses, expected = train(ours, token_ids), train(plain, token_ids)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=2e-3, atol=0)
+    head = ours.base_model.model.lm_head
+    assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
+    ours.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(blank, tmp_path / "adapter")
+    assert torch.equal(again(token_ids).logits, ours.eval()(token_ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("autocast", "compute_dtype", "expected"),
+    [(True, None, torch.float32), (False, None, torch.bfloat16), (False, torch.float16, torch.float16)],
+)
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_the_adapters_dtype_is_the_one_chosen(tiny_mistral, token_ids, autocast, compute_dtype, expected, storage):
+    model = replace(tiny_mistral.bfloat16(), compute_dtype=compute_dtype, quant_storage=storage)
+    model = randomize(get_peft_model(model, config(), autocast_adapter_dtype=autocast))
+    adapters = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert {p.dtype for p in adapters.values()} == {expected}
+    loss_of(model.train(), token_ids).backward()
+    assert {p.grad.dtype for p in adapters.values()} == {expected}
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {expected}
+    # By hand, as TRL does after the fact.
+    for parameter in adapters.values():
+        parameter.data = parameter.data.bfloat16()
+        parameter.grad = None
+    loss_of(model, token_ids).backward()
+    assert {p.grad.dtype for p in adapters.values()} == {torch.bfloat16}
+
+
+@pytest.mark.filterwarnings("ignore:merging into the dequantized")
+def test_an_adapters_bias_is_merged_with_its_scaling():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96))
+    pyquant.replace_linear(model, verbose=False)
+    options = {"target_modules": ["0"], "lora_bias": True, "task_type": None, "lora_alpha": 12}
+    ours = randomize(get_peft_model(model, config(**options)))
+    layer = ours.base_model.model[0]
+    bias = layer.base_layer.bias.clone()
+    x = torch.zeros(1, 64)  # the weight drops out
+    expected = ours(x)
+    ours.merge_adapter()
+    assert_close(ours(x), expected, 1e-6)
+    ours.unmerge_adapter()
+    torch.testing.assert_close(layer.base_layer.bias, bias, rtol=0, atol=1e-6)
+
+
+def test_merging_says_into_what(models):
+    ours, _ = adapted_pair(models)
+    with pytest.warns(UserWarning, match="merging into the dequantized 4-bit weights that the adapter was trained on"):
+        ours.merge_adapter()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"], "use_rslora": True}])
+def test_merging_into_16_bit_weights_of_either_base(odd_mistral, token_ids, tmp_path, options):
+    original = copy.deepcopy(odd_mistral)
+    quantized = replace(odd_mistral)
+    ours = randomize(get_peft_model(quantized, config(**options)))
+    expected = ours.eval()(token_ids).logits
+    ours.save_pretrained(tmp_path / "adapter")
+    merged = pyquant.merge_and_unload(ours, base="16bit", original=original)
+    assert merged.merged_into == "default merged into the original weights from before quantization"
+    plain = PeftModel.from_pretrained(copy.deepcopy(original), tmp_path / "adapter").merge_and_unload()
+    assert torch.equal(merged(token_ids).logits, plain(token_ids).logits)
+    original.save_pretrained(tmp_path / "original")
+    named = pyquant.merge_and_unload(ours, base="16bit", original=tmp_path / "original")
+    assert_close(named(token_ids).logits, plain(token_ids).logits)  # another attention implementation
+    assert named.merged_into == f"default merged into the original weights of {tmp_path / 'original'}"
+    assert torch.equal(ours(token_ids).logits, expected), "the adapted model is left as it is"
+
+    merged = pyquant.merge_and_unload(ours, base="4bit")
+    assert merged.merged_into == "default merged into the dequantized 4-bit weights that they were trained on"
+    assert not linears(merged)
+    assert_close(merged(token_ids).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore:merging into the dequantized")
+def test_merging_several_adapters_into_16_bits(models, token_ids):
+    ours, _ = adapted_pair(models)
+    ours.add_adapter("second", config(r=2))
+    randomize(ours)
+    ours.base_model.set_adapter(["default", "second"])
+    expected = ours(token_ids).logits
+    ours.merge_adapter()  # is undone first
+    merged = pyquant.merge_and_unload(ours)
+    assert merged.merged_into.startswith("default, second merged into the dequantized")
+    assert_close(merged(token_ids).logits, expected)
+
+
+def test_merging_into_nothing_is_refused(models, odd_mistral):
+    quantized, dense = models
+    plain = get_peft_model(dense, config())
+    with pytest.raises(TypeError, match="no adapters on 4-bit layers; PEFT's own merge_and_unload merges others"):
+        pyquant.merge_and_unload(plain)
+    ours = randomize(get_peft_model(quantized, config()))
+    with pytest.raises(ValueError, match="base must be '4bit' or '16bit', got '8bit'"):
+        pyquant.merge_and_unload(ours, base="8bit")
+    with pytest.raises(ValueError, match='base="16bit" needs original'):
+        pyquant.merge_and_unload(ours, base="16bit")
+    with pytest.raises(ValueError, match='base="4bit" takes none'):
+        pyquant.merge_and_unload(ours, base="4bit", original=odd_mistral)
+
+
+def test_prepare_model_for_kbit_training_prepares_a_loaded_model(tiny_mistral, token_ids, tmp_path):
+    """float32 norms, checkpointing with inputs that require gradients, and products still in 16 bits."""
+    from transformers import AutoModelForCausalLM
+
+    tiny_mistral.bfloat16().save_pretrained(tmp_path / "dense")
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=pyquant.PyQuantConfig(verbose=False)
+    )
+    before = packed_bytes(quantized)
+    prepared = peft.prepare_model_for_kbit_training(quantized, gradient_checkpointing_kwargs={"use_reentrant": True})
+    assert prepared.model.norm.weight.dtype == torch.float32
+    assert prepared.is_gradient_checkpointing
+    assert {layer.compute_dtype for layer in linears(prepared, pyquant.nn.Linear4bit).values()} == {torch.bfloat16}
+    assert all(torch.equal(value, packed_bytes(prepared)[name][0]) for name, (value, _) in before.items())
+    model = randomize(get_peft_model(prepared, config())).train()
+    loss_of(model, token_ids).backward()
+    gradients = adapter_gradients(model)
+    assert len(gradients) == 28
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())

@@ -337,6 +337,7 @@ def test_a_plain_parameter_in_place_of_the_weight_still_works():
     built._parameters["weight"] = torch.nn.Parameter(built.weight.data, requires_grad=False)  # as FSDP does
     assert torch.equal(built(x), expected)
     assert "weight.absmax" in built.state_dict()
+    assert "blocksize=64, double_quant=True" in repr(built)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

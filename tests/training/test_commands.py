@@ -101,3 +101,17 @@ def test_mistakes_end_with_one_sentence(run, settings, tiny_model, data_file, tm
     assert message in err
     assert err.startswith("Error: ")
     assert err.count("\n") == 1
+
+
+def test_quantize_says_what_stays_dense(run, tiny_model, tmp_path):
+    options = ("--skip", "lm_head", "--skip", "v_proj", "--format", "pyquant", "--max-shard-gb", "0.001")
+    code, out, err = run("quantize", tiny_model, tmp_path / "q", *options)
+    assert code == 0, err
+    assert "left dense: model.layers.*.self_attn.v_proj (2 × Linear, 0.0 MiB): skip names it ('v_proj')" in out
+    assert "12 layers in 4 bits" in out
+    entry = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    assert entry["quant_method"] == "pyquant"
+    assert (tmp_path / "q" / "tokenizer.json").is_file()
+    code, _, err = run("quantize", tiny_model, tmp_path / "q")
+    assert code == 2
+    assert "q exists and is not empty; give a new folder for the 4-bit model." in err

@@ -12,8 +12,9 @@ def test_bitsandbytes_reads_what_is_saved(tiny_model, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM
 
-    before, after = quantize(str(tiny_model), tmp_path / "q", QuantizationConfig(), "fp32")
+    before, after, report = quantize(str(tiny_model), tmp_path / "q", QuantizationConfig(), "fp32")
     assert after < 0.5 * before
+    assert len(report.quantized) == 14
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu")
     assert isinstance(theirs.model.layers[0].mlp.up_proj, bitsandbytes.nn.Linear4bit)
     ours = quantize_in_place(load_base(ModelConfig(path=str(tiny_model), precision="fp32")), QuantizationConfig()).cpu()

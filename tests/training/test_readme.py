@@ -25,7 +25,7 @@ def test_the_drop_in_runs_as_written(tiny_model, capsys):
     assert code.count(HUB_NAME) == 1
     names = {}
     exec(code.replace(HUB_NAME, str(tiny_model)), names)
-    assert "14 linear layers replaced" in capsys.readouterr().out
+    assert "14 linear layers in 4 bits" in capsys.readouterr().out
     layer = names["model"].base_model.model.model.layers[0].mlp.down_proj
     assert type(layer).__name__ == "LoraLinear4bit"
 

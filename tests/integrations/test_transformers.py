@@ -1,0 +1,360 @@
+"""from_pretrained with a PyQuantConfig: against replace_linear on the loaded model, and bitsandbytes' own quantizer."""
+
+import json
+import subprocess
+import sys
+import weakref
+
+import pytest
+import safetensors.torch
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, Trainer
+from transformers import TrainingArguments as Arguments
+
+import pyquant
+from pyquant import PyQuantConfig
+from pyquant.integrations import transformers as integration
+from pyquant.nn import Linear4bit
+
+EVERY_OPTION = {
+    "quant_type": "fp4",
+    "blocksize": 128,
+    "double_quant": False,
+    "compute_dtype": torch.bfloat16,
+    "skip": ["lm_head", "layers.1"],
+    "targets": ["*_proj"],
+    "quant_storage": torch.bfloat16,
+}
+
+
+@pytest.fixture
+def folder(tiny_mistral, tmp_path):
+    """A dense bfloat16 checkpoint in several shards."""
+    tiny_mistral.bfloat16().save_pretrained(tmp_path / "dense", max_shard_size="100KB")
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 1
+    return tmp_path / "dense"
+
+
+def load(folder, config=None, **options):
+    config = {} if config is None else {"quantization_config": config}
+    return AutoModelForCausalLM.from_pretrained(folder, **config, **options)
+
+
+def replaced(folder, dtype="auto", **options):
+    return pyquant.replace_linear(load(folder, dtype=dtype), verbose=False, **options)
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+def assert_same_weights(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    assert list(ours) == list(theirs)
+    for key, value in theirs.items():
+        assert ours[key].dtype == value.dtype, key
+        assert torch.equal(raw(ours[key]), raw(value)), key  # packed bytes stored as floats may read as NaN
+
+
+def raw(tensor):
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def assert_strict(info):
+    assert not any(info.values()), info
+
+
+@pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["default", "every option"])
+@pytest.mark.parametrize("dtype", ["auto", torch.float32, torch.float16])
+def test_loading_quantizes_as_replace_linear_does(folder, token_ids, options, dtype):
+    model, info = load(folder, PyQuantConfig(verbose=False, **options), dtype=dtype, output_loading_info=True)
+    assert_strict(info)
+    expected = replaced(folder, dtype, **options)
+    assert set(layers(model)) == set(layers(expected))
+    assert_same_weights(model, expected)
+    assert torch.equal(model(token_ids).logits, expected(token_ids).logits)
+    assert model.dtype == (torch.bfloat16 if dtype == "auto" else dtype)
+    assert not any(p.is_meta for p in model.parameters())
+    assert all(layer.quant_state is layer.weight.quant_state for layer in layers(model).values())
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"])
+def test_device_maps(folder, token_ids, device_map):
+    model = load(folder, PyQuantConfig(verbose=False), device_map=device_map)
+    assert torch.equal(model(token_ids).logits, replaced(folder).to(model.device)(token_ids).logits)
+
+
+def test_offloading_is_refused(folder):
+    for places in ({"model": 0, "lm_head": "cpu"}, {"model": "cpu", "lm_head": "disk"}):
+        with pytest.raises(ValueError, match="4-bit weights are not offloaded"):
+            load(folder, PyQuantConfig(), device_map=places)
+
+
+def test_one_dense_weight_exists_at_a_time(folder, monkeypatch):
+    alive, references = [], []
+    convert = integration.QuantizeOnLoad.convert
+
+    def watched(self, input_dict, **kwargs):
+        alive.append(sum(reference() is not None for reference in references))
+        (value,) = input_dict.values()
+        references.append(weakref.ref(value[0]))
+        return convert(self, input_dict, **kwargs)
+
+    monkeypatch.setattr(integration.QuantizeOnLoad, "convert", watched)
+    load(folder, PyQuantConfig(verbose=False))
+    assert alive == [0] * 14
+    assert not any(reference() is not None for reference in references)
+
+
+@pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["default", "every option"])
+def test_a_plain_from_pretrained_loads_what_was_saved(folder, tmp_path, token_ids, options):
+    model = load(folder, PyQuantConfig(verbose=False, **options))
+    model.save_pretrained(tmp_path / "packed", max_shard_size="50KB")
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
+    again, info = load(tmp_path / "packed", output_loading_info=True)
+    assert_strict(info)
+    assert_same_weights(again, model)
+    assert torch.equal(again(token_ids).logits, model(token_ids).logits)
+    assert {n: m.compute_dtype for n, m in layers(again).items()} == {
+        n: m.compute_dtype for n, m in layers(model).items()
+    }
+    again.save_pretrained(tmp_path / "twice")
+    assert_same_weights(load(tmp_path / "twice"), model)
+    # Another dtype than the stored one: the dense weights follow, the bytes stay.
+    wide = load(tmp_path / "packed", dtype=torch.float32)
+    assert wide.lm_head.weight.dtype == wide.model.norm.weight.dtype == torch.float32
+    name, layer = next(iter(layers(model).items()))
+    assert torch.equal(raw(wide.get_submodule(name).weight), raw(layer.weight))
+
+
+@pytest.mark.parametrize("order", ["import pyquant, transformers", "import transformers, pyquant"])
+def test_the_order_of_imports_does_not_matter(folder, tmp_path, order):
+    load(folder, PyQuantConfig(verbose=False)).save_pretrained(tmp_path / "packed")
+    script = f"""
+{order}
+model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "packed")!r})
+print(type(model.model.layers[0].mlp.up_proj).__name__, type(model.model.layers[0].mlp.up_proj).__module__)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.split() == ["Linear4bit", "pyquant.nn.linear"]
+
+
+def test_the_checkpoint_says_which_layers_are_packed(folder, tmp_path):
+    """Not the configuration alone: what was quantized with other patterns, or by hand, loads as it is."""
+    model = load(folder, PyQuantConfig(verbose=False))
+    pyquant.replace_linear(model, skip=(), verbose=False)
+    down = model.model.layers[0].mlp.down_proj
+    down_dense = torch.nn.Linear(down.in_features, down.out_features, bias=False, dtype=torch.bfloat16)
+    model.model.layers[0].mlp.down_proj = down_dense
+    model.save_pretrained(tmp_path / "packed")
+    again, info = load(tmp_path / "packed", output_loading_info=True)
+    assert_strict(info)
+    assert isinstance(again.lm_head, Linear4bit)
+    assert torch.equal(again.model.layers[0].mlp.down_proj.weight, down_dense.weight)
+    reasons = {entry.name: entry.reason for entry in again.quantization_report.dense}
+    assert reasons["model.layers.0.mlp.down_proj"] == "it is dense in the checkpoint"
+
+
+def test_dequantize_gives_dense_layers_that_compute_the_same(folder, token_ids):
+    model = load(folder, PyQuantConfig(verbose=False), dtype=torch.float32)
+    expected = model(token_ids).logits
+    dense = model.dequantize()
+    assert not layers(dense)
+    assert dense.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    assert not dense.is_quantized
+    torch.testing.assert_close(dense(token_ids).logits, expected, rtol=1e-4, atol=1e-5)
+    saved = load(folder, PyQuantConfig(verbose=False)).dequantize(torch.float16)
+    assert saved.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
+
+
+def test_tied_embeddings_stay_tied(tiny_mistral, tmp_path, token_ids):
+    tiny_mistral.config.tie_word_embeddings = True
+    tiny_mistral.tie_weights()
+    tiny_mistral.save_pretrained(tmp_path / "tied")
+    model = load(tmp_path / "tied", PyQuantConfig(verbose=False))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert len(layers(model)) == 14
+    model.save_pretrained(tmp_path / "packed")
+    assert "lm_head.weight" not in safetensors.torch.load_file(tmp_path / "packed" / "model.safetensors")
+    again, info = load(tmp_path / "packed", output_loading_info=True)
+    assert_strict(info)
+    assert torch.equal(again(token_ids).logits, model(token_ids).logits)
+
+
+def test_parameters_are_counted_without_bitsandbytes(tiny_mistral, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    model = load(folder, PyQuantConfig(verbose=False, quant_storage=torch.bfloat16))
+    assert model.is_loaded_in_4bit
+    assert model.num_parameters() == tiny_mistral.num_parameters()
+    embeddings = tiny_mistral.model.embed_tokens.weight.numel()
+    assert model.num_parameters(exclude_embeddings=True) == tiny_mistral.num_parameters() - embeddings
+    frozen = model.num_parameters() - model.num_parameters(only_trainable=True)
+    assert frozen == sum(m.in_features * m.out_features for m in layers(model).values())
+    assert tiny_mistral.num_parameters(only_trainable=True) == tiny_mistral.num_parameters()
+
+
+def test_the_report_names_every_matrix_and_why(folder, capsys):
+    model = load(folder, PyQuantConfig(skip=["lm_head", "v_proj"]))
+    text = capsys.readouterr().out
+    assert text.startswith("pyquant: 12 linear layers in 4 bits, ")
+    assert "left dense: model.layers.*.self_attn.v_proj (2 × Linear, 0.0 MiB): skip names it ('v_proj')" in text
+    assert "left dense: model.embed_tokens (Embedding, 0.0 MiB): an embedding" in text
+    report = model.quantization_report
+    with_weights = {name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    assert {entry.name for entry in report} == with_weights
+    assert {entry.name for entry in report.quantized} == set(layers(model))
+    assert sum(entry.parameters for entry in report) == model.num_parameters()
+    load(folder, PyQuantConfig(verbose=False))
+    assert not capsys.readouterr().out
+
+
+def test_experts_are_named_with_their_size(tmp_path, capsys, token_ids):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 4, "num_hidden_layers": 2}
+    dense = MixtralForCausalLM(
+        MixtralConfig(vocab_size=96, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    ).bfloat16()
+    dense.save_pretrained(tmp_path / "moe")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "moe", quantization_config=PyQuantConfig(), output_loading_info=True
+    )
+    assert_strict(info)
+    text = capsys.readouterr().out
+    line = "left dense: model.layers.*.mlp.experts.gate_up_proj (2 × MixtralExperts 4×192×64, 0.2 MiB): expert matrices"
+    assert line in text
+    experts = model.quantization_report.experts
+    assert [entry.name for entry in experts] == [
+        f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")
+    ]
+    assert [entry.nbytes for entry in experts] == 2 * [2 * 4 * 192 * 64, 2 * 4 * 64 * 96]
+    assert len(layers(model)) == 8
+    # Their conversion between one matrix per expert and all in one still works, both ways.
+    model.save_pretrained(tmp_path / "packed")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", output_loading_info=True)
+    assert_strict(info)
+    assert torch.equal(again(token_ids).logits, model(token_ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({}, {"quant_type": "fp4", "double_quant": False}),
+        (
+            {
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": "bfloat16",
+                "bnb_4bit_quant_storage": torch.bfloat16,
+                "llm_int8_skip_modules": ["lm_head", "gate"],
+            },
+            {"compute_dtype": torch.bfloat16, "quant_storage": torch.bfloat16, "skip": ["lm_head", "gate"]},
+        ),
+    ],
+)
+def test_bitsandbytes_fields_are_accepted(theirs, ours):
+    expected = PyQuantConfig(**ours).to_dict()
+    config = BitsAndBytesConfig(load_in_4bit=True, **theirs)
+    assert PyQuantConfig.from_bitsandbytes(config).to_dict() == expected
+    assert PyQuantConfig.from_bitsandbytes(json.loads(json.dumps(config.to_dict()))).to_dict() == expected
+    assert pyquant.BitsAndBytesConfig(load_in_4bit=True, **theirs).to_dict() == expected
+    assert PyQuantConfig.from_bitsandbytes(config, blocksize=128).blocksize == 128
+
+
+def test_a_bitsandbytes_config_quantizes_to_bitsandbytes_bytes(folder):
+    pytest.importorskip("bitsandbytes")
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    theirs = load(folder, BitsAndBytesConfig(**options), device_map="cpu")
+    assert_same_weights(load(folder, pyquant.BitsAndBytesConfig(**options)), theirs)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"quant_type": "int4"}, ValueError, "quant_type must be 'nf4' or 'fp4', got 'int4'"),
+        ({"blocksize": 100}, ValueError, "blocksize must be one of 32, 64"),
+        ({"compute_dtype": "bf16"}, ValueError, "compute_dtype must be a torch.dtype or its name"),
+        ({"compute_dtype": torch.int8}, ValueError, "compute_dtype must be torch.float32, float16 or bfloat16"),
+        ({"quant_storage": torch.int64}, ValueError, "quant_storage must be one of uint8, int8"),
+        ({"skip": [3]}, ValueError, r"skip must be name patterns \(strings\)"),
+        ({"quant_method": "gptq"}, ValueError, "quant_method 'pyquant', got 'gptq'"),
+        ({"bits": 4}, TypeError, "unexpected keyword argument 'bits'"),
+    ],
+)
+def test_a_wrong_option_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        PyQuantConfig(**options)
+
+
+def test_8_bits_are_refused():
+    for make in (
+        lambda: PyQuantConfig.from_bitsandbytes(BitsAndBytesConfig(load_in_8bit=True)),
+        lambda: pyquant.BitsAndBytesConfig(load_in_8bit=True),
+    ):
+        with pytest.raises(ValueError, match=r"pyquant quantizes to 4 bits alone.*for 8 bits stay with bitsandbytes"):
+            make()
+    with pytest.raises(TypeError, match="BitsAndBytesConfig has no argument 'load_in_2bit'"):
+        pyquant.BitsAndBytesConfig(load_in_2bit=True)
+
+
+def test_the_configuration_goes_through_json(tmp_path):
+    config = PyQuantConfig(**EVERY_OPTION)
+    entry = json.loads(json.dumps(config.to_dict()))
+    assert PyQuantConfig.from_dict(entry).to_dict() == config.to_dict()
+    assert entry["compute_dtype"] == entry["quant_storage"] == "bfloat16"
+    assert PyQuantConfig().to_diff_dict() == {"quant_method": "pyquant"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s, key: s.pop(f"{key}.absmax"), "entry 'absmax' is missing"),
+        (lambda s, key: s.update({f"{key}.absmax": s[f"{key}.absmax"][:-1].clone()}), "absmax must be uint8 with"),
+        (lambda s, key: s.update({key: s[key][:-1].clone()}), "the packed weight has"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(folder, tmp_path, damage, message, caplog):
+    load(folder, PyQuantConfig(verbose=False)).save_pretrained(tmp_path / "packed")
+    file = tmp_path / "packed" / "model.safetensors"
+    state = safetensors.torch.load_file(file)
+    damage(state, "model.layers.0.mlp.up_proj.weight")
+    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="issues during automatic conversion"):
+        load(tmp_path / "packed")
+    assert message in caplog.text
+
+
+def test_nan_in_a_weight_is_refused(tiny_mistral, tmp_path, caplog):
+    tiny_mistral.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    tiny_mistral.save_pretrained(tmp_path / "dense")
+    with pytest.raises(RuntimeError, match="issues during automatic conversion"):
+        load(tmp_path / "dense", PyQuantConfig(verbose=False))
+    assert "NaN" in caplog.text
+    assert "model.layers.0.mlp.up_proj" in caplog.text
+
+
+def trainer(model, tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 96, (8, 9))]
+    arguments = Arguments(
+        tmp_path / "out", max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, report_to="none",
+        use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1, seed=0,
+    )  # fmt: skip
+    return Trainer(model, arguments, train_dataset=rows)
+
+
+def test_trainer_takes_it_with_an_adapter_and_not_without(folder, tmp_path):
+    model = load(folder, PyQuantConfig(verbose=False), dtype=torch.float32)
+    with pytest.raises(ValueError, match="You cannot perform fine-tuning on purely quantized models"):
+        trainer(model, tmp_path)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=True)
+    dense = load(folder, PyQuantConfig(verbose=False), dtype=torch.float32).dequantize()
+    losses = []
+    for base in (model, dense):
+        torch.manual_seed(0)
+        adapted = get_peft_model(base, config)
+        torch.manual_seed(0)
+        run = trainer(adapted, tmp_path)
+        run.train()
+        losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 4
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=0)
+    assert losses[0][-1] < losses[0][0]
