@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pyquant.autograd import linear_4bit
 from pyquant.errors import CheckpointError
 
 __all__ = [
@@ -588,9 +589,7 @@ def matmul_4bit(
         raise ValueError(f"A must end in the weight's {k} input features, got shape {tuple(A.shape)}")
     if bias is not None and bias.dtype != A.dtype:
         bias = bias.to(A.dtype)
-    result = torch.ops.pyquant.linear_4bit(
-        A, B, *statistics(quant_state), quant_state.quant_type, quant_state.blocksize, n, k, bias
-    )
+    result = linear_4bit(A, B, *statistics(quant_state), quant_state.quant_type, quant_state.blocksize, n, k, bias)
     return out.copy_(result) if out is not None else result
 
 

@@ -14,6 +14,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
+from pyquant.autograd import lora_linear_4bit
 from pyquant.functional import dequantize_4bit, quantize_4bit, statistics
 from pyquant.nn import Linear4bit, Params4bit
 from pyquant.replace import dequantize_linear
@@ -113,7 +114,7 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         p = dropout.p if self.training and isinstance(dropout, torch.nn.Dropout) else 0.0
         seed = torch.randint(2**63 - 1, (1,), device=x.device) if p > 0 else None
         n, k = state.shape
-        y, _ = torch.ops.pyquant.lora_linear_4bit(
+        y, _ = lora_linear_4bit(
             inputs,
             base.weight,
             *statistics(state),
