@@ -63,9 +63,9 @@ static_assert(kLowBytes + 1024 <= kTableBytes, "below the first multiple of 64 K
 
 // The row, of the upper 8 of a tile, that lanes 4g … 4g + 3 hold: such that the 8-byte reads of half a warp from rows
 // of 128 swizzled bytes meet every bank.
-__device__ inline int tile_row(int g) { return (g & 3) << 1 | g >> 2; }
+[[maybe_unused]] __device__ inline int tile_row(int g) { return (g & 3) << 1 | g >> 2; }
 // Where the 8 bytes of chunk 0 for lane t of that row lie; those of chunk c are at this ^ 32 c.
-__device__ inline int tile_offset(int row, int t) {
+[[maybe_unused]] __device__ inline int tile_offset(int row, int t) {
   return row * kTileRowBytes + (((t >> 1) ^ (row & 7)) << 4) + (t & 1) * 8;
 }
 
