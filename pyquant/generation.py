@@ -25,21 +25,25 @@ def load_for_inference(
         ModelError: the model or the adapter is missing or cannot be used.
     """
     from .training.config import ModelConfig
+    from .training.methods import fit_vocabulary
     from .training.models import (
+        adapter_tokenizer,
         check_adapter,
         check_model,
         load_adapter,
         load_quantized,
-        load_tokenizer,
         quantization_of,
+        set_end_token,
     )
 
     check_model(model)
     if adapter is not None:
         check_adapter(adapter)
-    tokenizer = load_tokenizer(model)
+    tokenizer = adapter_tokenizer(model, adapter)
     base = load_quantized(ModelConfig(path=model, precision=precision), quantization_of(adapter, quant_type))
     if adapter is not None:
+        fit_vocabulary(base, tokenizer)
+        set_end_token(base, tokenizer, adapter)
         base = load_adapter(base, adapter)
     return base.eval(), tokenizer
 
