@@ -92,8 +92,8 @@ _TRAIN_HELP = (
     "memory by part, tokens and expected time; --dry-run stops there. The output folder receives the "
     "adapter, metrics.json, loss.png, a model card, TensorBoard logs and checkpoints; started again after a kill, the "
     "run goes on from its last checkpoint. With --config, accelerate starts the processes that its file asks for; "
-    "batch_size is that of each.\n\n[bold]Configuration keys, with their defaults[/bold]\n\n\b\n"
-    + escape(describe_keys())
+    "batch_size is that of each.\n\n"
+    "[bold]Configuration keys, with their defaults[/bold]\n\n\b\n" + escape(describe_keys())
 )
 
 

@@ -53,20 +53,20 @@ def layer_saved(shape: Shape, element: int, fused: bool, rank: int = 0) -> int:
     Args:
         element: e.
         fused: pyquant's 4-bit LoRA layer, which saves its input and x·Aᵀ; else PEFT's layer on a frozen nn.Linear,
-            which saves its own copy of the input.
+            which in 16 bits saves its own copy of the input.
         rank: of the adapter; 0 for none, where a trained nn.Linear saves its input.
     """
     h, i, q, kv = shape.hidden, shape.intermediate, shape.queries, shape.keys
-    # RMSNorm, twice: the float32 input of the square and of the product with its inverse root. In float32 that is the
-    # residual stream itself. The weight is frozen, so the normalized value is not saved for it.
-    norms = 2 * 4 * h
+    # RMSNorm, twice: the float32 input of the square and of the product with its inverse root, and that root. In float32
+    # the input is the residual stream itself. The weight is frozen, so the normalized value is not saved for it.
+    norms = 2 * 4 * (h + 1)
     # Attention: rotated queries and keys, values, output; and the log-sum-exp of each head in float32.
     attention = element * (2 * q + 2 * kv) + 4 * shape.heads
     # SwiGLU: the gate for silu; silu(gate) and up for their product.
     mlp = element * 3 * i
     # The inputs of q, k, v (one tensor), of gate and up (one) and of down. That of o is the attention's output.
     inputs = element * (2 * h + i)
-    if rank and not fused:
+    if rank and not fused and element < 4:
         # PEFT casts each layer's input to the adapter's float32 and autocast casts it back: seven own copies.
         inputs = element * (3 * h + 2 * h + q + i)
     adapters = element * 7 * rank  # x·Aᵀ of the seven layers

@@ -187,7 +187,8 @@ def _fields(source: str, columns: list[str], config: DataConfig) -> dict[str, An
     else:
         raise DataError(
             f"{source} has none of the columns prompt, instruction, messages and text; its columns are "
-            f"{', '.join(columns)}: set data.prompt to a template such as {{question}}, and data.completion to a column."
+            f"{', '.join(columns)}: set data.prompt to a template such as {{question}}, and "
+            "data.completion to a column."
         )
     if completion is None:
         completion = next((name for name in ("completion", "output") if name in columns), None)

@@ -41,7 +41,7 @@ class Plan:
     Attributes:
         parameters, trainable: all, and those that the optimizer changes.
         weights: base weights as they are held, statistics and 16-bit copies included.
-        trained: float32 weights of an adapter.
+        trained: weights of an adapter.
         gradients, optimizer, activations: at the step's peak; gradients are 0 where that is in the loss.
         tokens_per_epoch, rows_per_epoch: after packing, a row is a sequence.
         steps: optimizer steps of the whole run.
@@ -114,14 +114,15 @@ def make_plan(
     element = choose_dtype(config.model.precision, device).itemsize
     counts = estimate_bytes(model_config, config.quantization)
     dense = base_parameters - counts["linear_parameters"]
+    # Trained weights are float32. PEFT's layers and nn.Linear compute with 16-bit copies, which autocast keeps for the
+    # backward pass; pyquant's layer makes none.
+    copies = element if element < 4 else 0
     if method == "qlora":
         packed = counts["bytes_4bit"] - 2 * (counts["parameters"] - counts["linear_parameters"])
         weights, trained = packed + element * dense, 4 * trainable
     elif method == "lora":
-        weights, trained = element * base_parameters, 4 * trainable
+        weights, trained = element * base_parameters, (4 + copies) * trainable
     else:
-        # Trained weights are float32, and autocast keeps their 16-bit copy during a forward pass.
-        copies = element if element < 4 else 0
         weights = element * (base_parameters - trainable) + (4 + copies) * trainable
         trained = 0
 

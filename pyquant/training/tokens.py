@@ -125,15 +125,19 @@ def _encode_messages(messages: list[dict], tokenizer: "PreTrainedTokenizerBase",
 
     whole = render(len(messages))
     spans = []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before, after = render(index, header=True), render(index + 1)
-            if not (whole.startswith(before) and whole.startswith(after)):
-                raise DataError(
-                    "the chat template renders a conversation's beginning otherwise than the whole, so the assistant's "
-                    "tokens cannot be told; set training.completion_only_loss to false, or change the template."
-                )
-            spans.append((len(before), len(after)))
+    for index, message in enumerate(messages if completion_only else []):
+        if message["role"] != "assistant":
+            continue
+        after = render(index + 1)
+        # Where generation would start; or, in a template whose header for generation is another, where the content is.
+        before, header = (render(index), render(index, header=True)) if index else ("", None)
+        start = len(header) if header and after.startswith(header) else after.find(message["content"], len(before))
+        if start < 0 or not (whole.startswith(after) and after.startswith(before)):
+            raise DataError(
+                "the chat template renders a conversation's beginning otherwise than the whole, so the assistant's "
+                "tokens cannot be told; set training.completion_only_loss to false, or change the template."
+            )
+        spans.append((start, len(after)))
     shift = 0
     if tokenizer.bos_token and whole.startswith(tokenizer.bos_token) and _adds_bos(tokenizer):
         shift = len(tokenizer.bos_token)  # the tokenizer writes the start token itself
@@ -142,7 +146,7 @@ def _encode_messages(messages: list[dict], tokenizer: "PreTrainedTokenizerBase",
     if not completion_only:
         return {"input_ids": ids, "labels": ids.copy()}
     labels = [
-        token if last > first and any(a <= first + shift < b for a, b in spans) else IGNORED
+        token if last > first and any(first + shift < b and last + shift > a for a, b in spans) else IGNORED
         for token, (first, last) in zip(ids, encoded["offset_mapping"], strict=True)
     ]
     return {"input_ids": ids, "labels": labels}
