@@ -57,8 +57,8 @@ def layer_saved(shape: Shape, element: int, fused: bool, rank: int = 0) -> int:
         rank: of the adapter; 0 for none, where a trained nn.Linear saves its input.
     """
     h, i, q, kv = shape.hidden, shape.intermediate, shape.queries, shape.keys
-    # RMSNorm, twice: the float32 input of the square and of the product with its inverse root, and that root. In float32
-    # the input is the residual stream itself. The weight is frozen, so the normalized value is not saved for it.
+    # RMSNorm, twice: the float32 input of the square and of the product with its inverse root, and that root. In
+    # float32 the input is the residual stream itself. The weight is frozen, so the normalized value is not saved.
     norms = 2 * 4 * (h + 1)
     # Attention: rotated queries and keys, values, output; and the log-sum-exp of each head in float32.
     attention = element * (2 * q + 2 * kv) + 4 * shape.heads

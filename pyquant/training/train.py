@@ -22,7 +22,7 @@ from .batches import (
 )
 from .card import write_card
 from .config import Config, TrainingConfig, nearest, parse_config, to_dict
-from .errors import ConfigError, full_disk_is_an_error, require
+from .errors import ConfigError, DataError, full_disk_is_an_error, require
 from .hub import check_hub, upload
 from .launch import is_main_process, uses_fsdp
 from .measure import Measurements
@@ -43,7 +43,7 @@ from .tokens import add_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTTrainer
 
 __all__ = ["Result", "build_trainer", "find_checkpoint", "make_deterministic", "plan_run", "train"]
@@ -107,7 +107,7 @@ def train(config: Config, console: Console | None = None, model: "PreTrainedMode
     """
     console = (console or Console()) if is_main_process() else Console(quiet=True)
     run = _check(config, console)
-    if run.config.training.push_to_hub:
+    if run.config.training.push_to_hub and is_main_process():
         check_hub(run.config.training.push_to_hub)
     with full_disk_is_an_error(config.training.output_dir):
         return _train(run, console, model)
@@ -119,7 +119,7 @@ def _check(config: Config, console: Console) -> _Run:
     for module in ("trl", "datasets", "matplotlib", *(("tensorboard",) if settings.tensorboard else ())):
         require(module)
     if settings.wandb != "off":
-        require("wandb", None)
+        require("wandb", "wandb")
     device = choose_device()
     choose_dtype(config.model.precision, device)
     _check_names(config)
@@ -132,6 +132,7 @@ def _check(config: Config, console: Console) -> _Run:
     tokenizer = load_tokenizer(config.model.path)
     new_tokens = tokenizer.convert_tokens_to_ids(add_tokens(tokenizer, config.data))
     prepared = prepare_data(config, tokenizer)
+    _check_context(prepared, model_config)
     measurements = Measurements(config, prepared, tokenizer)
     rows = _sequences(config, prepared)
 
@@ -484,6 +485,19 @@ def _check_combinations(config: Config, method: str) -> None:
         raise ConfigError(f"training.merge is 4bit, but the method {method} trains on 16-bit weights; set it to 16bit.")
     if settings.batch_size == "auto" and uses_fsdp():
         raise ConfigError("training.batch_size is auto, which cannot be found for a sharded model; set a number.")
+
+
+def _check_context(prepared: Prepared, model_config: "PretrainedConfig") -> None:
+    """Refuse rows that the model's positions do not reach."""
+    context = getattr(model_config, "max_position_embeddings", None)
+    if context is None:
+        return
+    count = sum(len(ids) > context for ids in prepared.train["input_ids"])
+    if count:
+        raise DataError(
+            f"{count:,} rows are longer than the model's context of {context} tokens, up to "
+            f"{prepared.report.longest_kept}; set data.max_length to {context}."
+        )
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

@@ -34,7 +34,5 @@ def test_a_missing_library_is_named(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(
-        UserError, match=r"sacrebleu is not installed; install it with: pip install 'pyquant\[metrics\]'"
-    ):
+    with pytest.raises(UserError, match=r"sacrebleu is not installed; .*: pip install 'pyquant\[metrics\]'"):
         answer_scores(["a"], ["b"])

@@ -100,7 +100,7 @@ def test_added_tokens_are_single_and_end_the_completion(tokenizer):
     [
         (
             {"prompt": "{q}<response>"},
-            r"data\.prompt has the token <response>, which is not in the tokenizer; add it to",
+            r"data\.prompt has the token <response>, which is not in the tokenizer; add",
         ),
         ({"end_token": "<|end|>"}, r"data\.end_token has the token <\|end\|>, which is not in the tokenizer"),
         ({"special_tokens": ["<a> "]}, r"data\.special_tokens holds '<a> '"),
