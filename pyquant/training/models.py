@@ -227,7 +227,7 @@ def add_adapter(model: "PreTrainedModel", config: AdapterConfig, new_tokens: Seq
         use_dora=config.dora,
         trainable_token_indices=dict.fromkeys(embeddings, rows) if rows else None,
         modules_to_save=embeddings if config.embeddings == "all" else None,
-        ensure_weight_tying=tied and (bool(rows) or config.embeddings == "all"),
+        ensure_weight_tying=tied and config.embeddings == "all",  # rows of tied weights stay tied by themselves
     )
     try:
         return get_peft_model(model, lora)

@@ -111,6 +111,12 @@ def make_plan(
         model = choose_trainable(model, config, method, new_tokens)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapter = uses_adapter(method)
+    # Rows of the embeddings are looked up, and norms multiply element by element.
+    products = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.dim() == 2 and "embed_tokens" not in name
+    )
     element = choose_dtype(config.model.precision, device).itemsize
     counts = estimate_bytes(model_config, config.quantization)
     dense = base_parameters - counts["linear_parameters"]
@@ -127,9 +133,10 @@ def make_plan(
         trained = 0
 
     fused = method == "qlora" and not config.adapter.dora
+    shape = Shape.of(model_config)
     longest = config.data.max_length if config.data.packing else report.longest_kept
     loss, backward = step_activations(
-        Shape.of(model_config),
+        shape,
         batch_size * longest,
         element,
         fused=fused,
@@ -144,6 +151,12 @@ def make_plan(
     # Products: forward, and the gradient of every input; those of trained weights; with checkpointing forward again.
     matrix = counts["linear_parameters"] + model_config.vocab_size * model_config.hidden_size
     passes = 2 + bool(settings.gradient_checkpointing)
+    # Attention: queries by keys and weights by values, over half of the sequence on average; the backward pass is two
+    # and a half times that. A packed batch is one sequence, of which a mask hides the most, unless the kernel knows.
+    attended = longest / 2
+    if config.data.packing and "flash" not in (config.model.attention or ""):
+        attended = batch_size * longest
+    attention = 4.0 * shape.layers * shape.queries * attended * (passes + 1.5)
     steps_per_epoch = math.ceil(rows / (batch_size * world_size * gradient_accumulation))
     steps = settings.max_steps or math.ceil(steps_per_epoch * settings.epochs)
     return Plan(
@@ -163,7 +176,7 @@ def make_plan(
         rows_per_epoch=rows,
         steps=steps,
         epochs=steps / steps_per_epoch,
-        flops_per_token=2.0 * passes * matrix + (2.0 * (passes + 1) if adapter else 2.0) * trainable,
+        flops_per_token=2.0 * passes * matrix + (2.0 * (passes + 1) if adapter else 2.0) * products + attention,
     )
 
 

@@ -95,6 +95,26 @@ def test_embeddings_have_their_own_learning_rate(settings, tiny_model):
     assert len(factors) == 1
 
 
+@pytest.mark.parametrize("embeddings", ["new", "all"])
+def test_tied_embeddings_stay_tied(settings, embeddings):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = parse_config(settings | {"adapter": {"embeddings": embeddings}})
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = MistralForCausalLM(
+        MistralConfig(vocab_size=40, num_key_value_heads=1, tie_word_embeddings=True, bos_token_id=0, **shape)
+    )
+    model = choose_trainable(model, config, "lora", [38, 39])
+    base = model.get_base_model()
+    trained = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    assert [tuple(p.shape) for p in trained] == [(2, 32) if embeddings == "new" else (40, 32)]
+    with torch.no_grad():
+        trained[0][-1] = 7.0
+    hidden, ids = torch.ones(1, 1, 32), torch.tensor([[39]])
+    assert torch.equal(base.get_input_embeddings()(ids), torch.full((1, 1, 32), 7.0))
+    assert base.get_output_embeddings()(hidden)[0, 0, 39].item() == pytest.approx(7 * 32)
+
+
 @pytest.mark.parametrize("merge", ["16bit", "4bit"])
 def test_added_tokens_are_learned_saved_merged_and_generated(settings, tmp_path, data_file, merge):
     """From <response> to <response|end>, with both rows of the embeddings and of the output layer trained."""

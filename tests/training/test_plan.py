@@ -1,3 +1,4 @@
+import json
 import math
 import sys
 
@@ -9,7 +10,7 @@ from pyquant.training.config import QuantizationConfig, parse_config
 from pyquant.training.errors import UserError
 from pyquant.training.memory import estimate_bytes, weight_bytes
 from pyquant.training.methods import choose_trainable, resolve_method
-from pyquant.training.models import check_model, load_quantized
+from pyquant.training.models import check_model, load_base, load_quantized
 from pyquant.training.plan import check_disk
 from pyquant.training.train import plan_run, train
 
@@ -99,6 +100,30 @@ def _state_storages(model):
             found |= {t.untyped_storage().data_ptr() for t in tensors if isinstance(t, torch.Tensor)}
             state = state.state2
     return found
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("length", [5, 21])
+def test_the_operations_are_those_that_torch_counts(settings, tmp_path, method, length):
+    """Rows of one length, whose products PyTorch's own counter sees in eager attention, which computes the causal half
+    too, and keeps what the fused kernels' backward pass computes again."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps({"text": "red " * (length - 2)}) + "\n")
+    settings["data"]["train"] = str(file)
+    settings["training"] |= {"method": method, "batch_size": 4}
+    settings["model"]["attention"] = "eager"
+    config = parse_config(settings)
+    plan = plan_run(config)
+    model = choose_trainable(load_base(config.model, torch.device("cpu")), config, method)
+    if method == "lora":
+        model.enable_input_require_grads()  # the gradient of the first layer's input, which is counted too
+    length = plan.tokens_per_epoch
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.ones(4, length, dtype=torch.long)).logits.sum().backward()
+    fused, eager = (4.0 * 2 * 64 * keys * passes for keys, passes in ((length / 2, 3.5), (length, 3)))
+    assert plan.flops_per_token - fused + eager == pytest.approx(counter.get_total_flops() / (4 * length), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["qlora", "lora", "partial", "full"])
