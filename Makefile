@@ -18,7 +18,7 @@ env: $(VENV)/.installed
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch numpy
-	$(PIP) install -q -c constraints.txt -e '.[train,bench,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[train,metrics,bench,dev]'
 	$(BIN)/python -c 'import pyquant; pyquant.show_config()'
 	touch $@
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from .bench.cli import app as bench_app
 from .training.config import describe_keys
-from .training.errors import ConfigError, DataError, UserError
+from .training.errors import ConfigError, UserError
 
 __all__ = ["app", "main"]
 
@@ -88,10 +88,12 @@ Chat = Annotated[Template, typer.Option("--chat-template", help="Put prompts int
 
 _TRAIN_HELP = (
     "Fine-tune a model as a YAML file says.\n\n"
-    "Values on the command line, written section.key=value, replace the file's. The output folder receives the "
-    "adapter, metrics.json, loss.png, TensorBoard logs and checkpoints; started again after a kill, the run goes on "
-    "from its last checkpoint. With --config, accelerate starts the processes that its file asks for; batch_size is "
-    "that of each.\n\n[bold]Configuration keys, with their defaults[/bold]\n\n\b\n" + escape(describe_keys())
+    "Values on the command line, written section.key=value, replace the file's. First a plan is printed: parameters, "
+    "memory by part, tokens and expected time; --dry-run stops there. The output folder receives the "
+    "adapter, metrics.json, loss.png, a model card, TensorBoard logs and checkpoints; started again after a kill, the "
+    "run goes on from its last checkpoint. With --config, accelerate starts the processes that its file asks for; "
+    "batch_size is that of each.\n\n"
+    "[bold]Configuration keys, with their defaults[/bold]\n\n\b\n" + escape(describe_keys())
 )
 
 
@@ -106,6 +108,7 @@ def train(
         Optional[Path],  # noqa: UP045
         typer.Option("--config", "-c", help="accelerate's configuration of a run on several GPUs or machines."),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False,
 ) -> None:
     from .training.config import load_config
 
@@ -113,17 +116,23 @@ def train(
     if engine is not None:
         from .training.launch import launch
 
-        sys.exit(launch(engine, ["train", str(config), *(overrides or [])]))
+        words = ["train", str(config), *(overrides or []), *(["--dry-run"] if dry_run else [])]
+        sys.exit(launch(engine, words))
     from .training.launch import is_main_process, leave
+    from .training.train import plan_run
     from .training.train import train as run
 
-    metrics = run(settings, _console).metrics
+    if dry_run:
+        plan_run(settings, _console)
+        return
+    result = run(settings, _console)
     leave()
     if not is_main_process():
         return
-    shown = {key: value for key, value in metrics.items() if key != "log" and value is not None}
-    _print_table(shown)
-    _console.print(f"Adapter: {Path(settings.training.output_dir) / 'adapter'}", highlight=False, soft_wrap=True)
+    hidden = ("log", "data", "before", "after")
+    _print_table({key: value for key, value in result.metrics.items() if key not in hidden})
+    _print_table(_before_and_after(result.metrics))
+    _console.print(f"{result.folder.name.capitalize()}: {result.folder}", highlight=False, soft_wrap=True)
 
 
 @app.command("eval")
@@ -150,40 +159,59 @@ def evaluate(
     limit: Annotated[Optional[int], typer.Option("--limit", min=1, help="Only the first rows.")] = None,  # noqa: UP045
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="Tokens a row is cut to.")] = 1024,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Rows in a forward pass.")] = 8,
+    generate: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--generate", min=1, help="Answer this many prompts and compare with the completions."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest of these answers.")
+    ] = 64,
+    confusion: Annotated[Optional[Path], typer.Option("--confusion", help="Also draw the confusion matrix.")] = None,  # noqa: UP045
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,  # noqa: UP045
 ) -> None:
-    """Perplexity, and classification accuracy, of a model on a data file.
+    """Perplexity and token accuracy of a model on a data file; with --classify accuracy, macro F1 and confusion matrix.
 
-    Perplexity is that of the completions after their prompts, or of the whole text when the file has no prompts. A
-    label's score is its mean log-probability per token.
+    Both are those of the completions after their prompts, of the assistant's messages, or of the whole text when the
+    file has no prompts. A label's score is its mean log-probability per token. With --generate, BLEU and ROUGE-L of
+    answers.
     """
     from .generation import load_for_inference
-    from .training.config import DataConfig
-    from .training.data import load_rows, render_prompt
-    from .training.evaluate import accuracy, perplexity, rank_labels
+    from .training.config import parse_config
+    from .training.measure import Measurements
+    from .training.models import adapter_record, adapter_tokenizer, check_adapter, check_model
+    from .training.prepare import prepare_evaluation
 
-    columns = DataConfig(prompt=prompt, completion=completion, text=text, chat_template=chat_template.value)
-    rows = load_rows(data, columns)
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-    names = None
-    if classify or labels:
-        names = _labels(data, rows, labels)
-    loaded, tokenizer = load_for_inference(model, adapter, quant_type.value, precision.value)
-    result: dict[str, object] = {"model": model, "adapter": adapter, "rows": len(rows)}
-    if "text" in rows.column_names:
-        result["perplexity"] = perplexity(loaded, tokenizer, rows["text"], None, max_length, batch_size)
-    else:
-        prompts = [render_prompt(row, tokenizer, columns) for row in rows["prompt"]]
-        answers = list(rows["completion"])
-        result["perplexity"] = perplexity(loaded, tokenizer, answers, prompts, max_length, batch_size)
-        if names:
-            predicted = rank_labels(loaded, tokenizer, prompts, names, batch_size)
-            result["labels"] = names
-            result["accuracy"] = accuracy(predicted, [names.index(answer) for answer in answers])
+    end = (adapter_record(adapter) or {}).get("end_token") if adapter else None
+    columns = {"prompt": prompt, "completion": completion, "text": text, "end_token": end, "max_length": max_length}
+    names = [name.strip() for name in labels.split(",") if name.strip()] if labels else None
+    config = parse_config(
+        {
+            "data": columns | {"eval": data, "chat_template": chat_template.value, "special_tokens": []},
+            "training": {"eval_batch_size": batch_size},
+            "evaluation": {
+                "classify": classify or names is not None,
+                "labels": names,
+                "generate": generate,
+                "max_new_tokens": max_new_tokens,
+            },
+        }
+    )
+    check_model(model)
+    if adapter is not None:
+        check_adapter(adapter)
+    tokenizer = adapter_tokenizer(model, adapter)
+    prepared = prepare_evaluation(config, tokenizer, limit)
+    measurements = Measurements(config, prepared, tokenizer)
+    loaded, _ = load_for_inference(model, adapter, quant_type.value, precision.value)
+    result: dict[str, object] = {"model": model, "adapter": adapter, "rows": len(prepared.eval)}
+    result |= measurements.run(loaded)
     if output is not None:
         output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    _print_table(result)
+    if confusion is not None and "confusion_matrix" in result:
+        from .training.plots import plot_confusion
+
+        plot_confusion(result["confusion_matrix"], result["labels"], confusion)
+    _print_table({key: value for key, value in result.items() if key != "confusion_matrix"})
 
 
 @app.command()
@@ -368,22 +396,14 @@ def main() -> None:
         sys.exit(130)
 
 
-def _labels(data: str, rows, given: str | None) -> list[str]:
-    """The labels to rank: those given, which must cover the file's, or those in the file."""
-    if "completion" not in rows.column_names:
-        raise DataError(f"{data} has no completions to classify; leave out --classify and --labels.")
-    found = sorted(set(rows["completion"]))
-    if given is None:
-        if len(found) > 100:
-            raise DataError(f"{data} has {len(found)} different completions, which are no labels; give --labels.")
-        return found
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    # A completion may begin with the space that parts it from its prompt; the labels then need it too.
-    names = [next((f for f in found if f.strip() == name), name) for name in names]
-    missing = [name for name in found if name not in names]
-    if missing:
-        raise DataError(f"{data} has the completion {missing[0]!r}, which --labels does not list; add it.")
-    return names
+def _before_and_after(metrics: dict) -> dict[str, object]:
+    """The measurements that are single numbers, each before and after training where it was taken twice."""
+    before, after = metrics["before"] or {}, metrics["after"] or {}
+    rows: dict[str, object] = {}
+    for key, value in after.items():
+        if isinstance(value, float):
+            rows[key] = f"{before[key]:.4g} → {value:.4g}" if key in before else value
+    return rows
 
 
 def _print_table(values: dict[str, object]) -> None:

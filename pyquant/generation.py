@@ -27,14 +27,16 @@ def load_for_inference(
     """
     from .training.config import ModelConfig
     from .training.errors import ConfigError
+    from .training.methods import fit_vocabulary
     from .training.models import (
+        adapter_tokenizer,
         check_adapter,
         check_model,
         load_adapter,
         load_packed,
         load_quantized,
-        load_tokenizer,
         quantization_of,
+        set_end_token,
     )
 
     packed = getattr(check_model(model), "quantization_config", None) is not None
@@ -42,10 +44,12 @@ def load_for_inference(
         raise ConfigError(f"{model} is stored quantized already; leave --quant-type at auto, or give the 16-bit model.")
     if adapter is not None:
         check_adapter(adapter)
-    tokenizer = load_tokenizer(model)
+    tokenizer = adapter_tokenizer(model, adapter)
     settings = ModelConfig(path=model, precision=precision)
     base = load_packed(settings) if packed else load_quantized(settings, quantization_of(adapter, quant_type))
     if adapter is not None:
+        fit_vocabulary(base, tokenizer)
+        set_end_token(base, tokenizer, adapter)
         base = load_adapter(base, adapter)
     return base.eval(), tokenizer
 

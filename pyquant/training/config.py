@@ -16,7 +16,9 @@ __all__ = [
     "AdapterConfig",
     "Config",
     "DataConfig",
+    "EvaluationConfig",
     "ModelConfig",
+    "PartialConfig",
     "QuantizationConfig",
     "TrainingConfig",
     "describe_keys",
@@ -29,9 +31,9 @@ __all__ = [
 
 
 def _option(default: Any, help: str, minimum: float | None = None) -> Any:
-    """A field with its description; a list is copied for every configuration."""
+    """A field with its description; a list or dict is copied for every configuration."""
     metadata = {"help": help, "minimum": minimum}
-    if isinstance(default, list):
+    if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -67,6 +69,21 @@ class AdapterConfig:
     alpha: float = _option(32, "scaling is alpha / r", minimum=0)
     dropout: float = _option(0.0, "dropout on the adapter's input", minimum=0)
     target_modules: str | list[str] = _option("all-linear", "all-linear, or names of layers to adapt")  # noqa: RUF009
+    rslora: bool = _option(False, "rank-stabilized LoRA: scaling is alpha / sqrt(r)")
+    dora: bool = _option(False, "DoRA: a trained magnitude per output, and LoRA for the direction")
+    embeddings: Literal["none", "new", "all"] = _option(
+        "new", "embedding rows trained beside the adapter: none, those of data.special_tokens that are new, or all"
+    )
+
+
+@dataclass
+class PartialConfig:
+    """What training.method partial trains; all other weights stay as they are."""
+
+    last_layers: int = _option(0, "train this many of the last decoder layers whole", minimum=0)
+    norms: bool = _option(False, "train every normalization layer")
+    embeddings: bool = _option(False, "train the embeddings and the output layer")
+    patterns: list[str] = _option([], "train parameters whose name matches one of these globs")  # noqa: RUF009
 
 
 @dataclass
@@ -81,41 +98,87 @@ class DataConfig:
     )
     completion: str | None = _option(None, "column of the completion; null: completion or output")
     text: str | None = _option(None, "column of plain text, trained on in full; null: text, when there is no prompt")
+    messages: str | None = _option(None, "column of chat messages (role, content); null: messages, if there is one")
+    special_tokens: list[str] | None = _option(  # noqa: RUF009
+        None, "tokens such as <response> to add to the vocabulary; []: none, and tags in templates are plain text"
+    )
+    end_token: str | None = _option(None, "token that ends a completion and stops generation; null: the tokenizer's")
+    mix: dict[str, float] = _option({}, "further data to mix in: {file: part of all training rows}, columns by name")  # noqa: RUF009
+    deduplicate: bool = _option(False, "drop rows that repeat another one, and training rows that evaluation holds")
+    packing: bool = _option(False, "several rows in one sequence of max_length, which do not attend to each other")
     chat_template: Literal["auto", "always", "never"] = _option(
         "auto", "put the prompt into the tokenizer's chat template; auto: if it has one and data.prompt is null"
     )
     limit: int | None = _option(None, "use only the first so many training rows", minimum=1)
     max_length: int = _option(512, "tokens a row is cut to", minimum=2)
+    too_long: Literal["cut", "drop"] = _option("cut", "what becomes of rows above max_length")
 
 
 @dataclass
 class TrainingConfig:
     """The optimization and what it leaves behind."""
 
+    method: Literal["auto", "qlora", "lora", "partial", "full"] = _option(
+        "auto", "qlora, lora (on 16-bit weights), partial or full; auto: qlora, or lora if quantization.method is none"
+    )
     output_dir: str = _option("runs/pyquant", "folder for checkpoints, adapter, metrics.json, loss.png, tensorboard/")
     epochs: float = _option(1.0, "passes over the data, unless max_steps", minimum=0)
     max_steps: int | None = _option(None, "optimizer steps; overrides epochs", minimum=1)
-    batch_size: int = _option(8, "rows per device and forward pass", minimum=1)
+    batch_size: int | Literal["auto"] = _option(
+        8, "rows per device and forward pass; auto: as many as fit in memory", minimum=1
+    )
+    global_batch_size: int | None = _option(
+        None, "rows per optimizer step over all devices; sets gradient_accumulation", minimum=1
+    )
     eval_batch_size: int | None = _option(None, "the same for evaluation; null: batch_size", minimum=1)
     gradient_accumulation: int = _option(1, "forward passes per optimizer step", minimum=1)
     gradient_checkpointing: bool = _option(False, "recompute activations to save memory")
     completion_only_loss: bool = _option(True, "no loss on the prompt's tokens")
     learning_rate: float = _option(2e-4, "peak learning rate", minimum=0)
+    embedding_learning_rate: float | None = _option(
+        None, "that of embeddings and output layer, where they are trained; null: learning_rate", minimum=0
+    )
     scheduler: str = _option("cosine", "learning-rate schedule, any of transformers' (linear, cosine, constant, …)")
     warmup: float = _option(0.03, "warm-up steps, or below 1 their part of all steps", minimum=0)
     weight_decay: float = _option(0.0, "AdamW weight decay", minimum=0)
     max_grad_norm: float = _option(1.0, "gradient norm is clipped to this; 0: not clipped", minimum=0)
-    optimizer: str = _option("adamw_torch_fused", "any of transformers' optimizers")
+    optimizer: str = _option(
+        "adamw_torch_fused", "any of transformers' optimizers; adamw_8bit and paged_adamw_8bit need bitsandbytes"
+    )
     log_every: int = _option(10, "steps between two log lines", minimum=1)
     eval_every: int | None = _option(None, "steps between two evaluations; null: only at the end", minimum=1)
     save_every: int = _option(100, "steps between two checkpoints", minimum=1)
     keep_checkpoints: int | None = _option(2, "checkpoints kept; null: all", minimum=1)
+    keep_best: bool = _option(False, "end with the weights of the lowest evaluation loss")
+    early_stopping: int | None = _option(
+        None, "stop after this many evaluations without a lower loss; keeps the best", minimum=1
+    )
     resume: str = _option(
         "auto", "auto: from the last checkpoint in output_dir, if any; never; or a checkpoint's folder"
     )
     seed: int = _option(0, "seed of data order, adapter and dropout", minimum=0)
     threads: int | None = _option(None, "CPU threads; null: torch's choice. Fix it for results that repeat", minimum=1)
     tensorboard: bool = _option(True, "write TensorBoard logs")
+    wandb: Literal["off", "offline", "online"] = _option("off", "log to Weights & Biases; offline: to output_dir/wandb")
+    merge: Literal["none", "16bit", "4bit"] = _option(
+        "none", "also save the adapter merged into the original or the dequantized 4-bit weights, in merged/"
+    )
+    push_to_hub: str | None = _option(None, "hub name (owner/name) that the result is uploaded to")
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured beside the loss, before (where said) and after training."""
+
+    before: bool = _option(False, "measure the evaluation rows before training too")
+    classify: bool = _option(False, "rank the labels: accuracy, macro F1, confusion.png")
+    labels: list[str] | None = _option(None, "the labels; null: the completions of the evaluation rows")  # noqa: RUF009
+    generate: int | None = _option(None, "answer this many evaluation rows: BLEU and ROUGE-L", minimum=1)
+    max_new_tokens: int = _option(64, "longest of these answers, in tokens", minimum=1)
+    general: str | None = _option(
+        None, "data file of general text, whose perplexity before and after shows what was forgotten"
+    )
+    general_rows: int = _option(64, "use only the first so many rows of it", minimum=1)
 
 
 @dataclass
@@ -125,11 +188,13 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    partial: PartialConfig = field(default_factory=PartialConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-_PATHS = {"model.path", "data.train", "data.eval", "training.output_dir", "training.resume"}
+_PATHS = {"model.path", "data.train", "data.eval", "training.output_dir", "training.resume", "evaluation.general"}
 
 
 def load_config(file: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -220,7 +285,8 @@ def _set(config: Config, key: str, value: Any) -> None:
         if section in _sections():
             # Within a section its own keys are the likeliest, so that adapter.rank finds adapter.r.
             candidates = [k for k in keys() if k.startswith(section + ".")]
-            close = difflib.get_close_matches(name, [k.partition(".")[2] for k in candidates], 1, 0.4)
+            close = difflib.get_close_matches(name, [k.partition(".")[2] for k in candidates], 3, 0.4)
+            close.sort(key=lambda known: not name.startswith(known))  # rank begins with r, as no other key
             hint = f"did you mean {section}.{close[0]}?" if close else nearest(key, candidates)
         else:
             same_name = [k for k in keys() if k.partition(".")[2] == (name or section)]
@@ -230,7 +296,7 @@ def _set(config: Config, key: str, value: Any) -> None:
     item = next(f for f in dataclasses.fields(part) if f.name == name)
     value = _coerce(key, value, get_type_hints(type(part))[name])
     minimum = item.metadata["minimum"]
-    if minimum is not None and value is not None and value < minimum:
+    if minimum is not None and isinstance(value, (int, float)) and value < minimum:
         raise ConfigError(f"{key} is {value}; it must be at least {minimum}.")
     if key in _PATHS and isinstance(value, str):
         value = str(Path(value).expanduser()) if value.startswith("~") else value
@@ -259,6 +325,9 @@ def _coerce(key: str, value: Any, expected: Any) -> Any:
     elif origin is list:
         if isinstance(value, list) and all(isinstance(part, str) for part in value):
             return value
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {str(name): _coerce(f"{key}.{name}", part, choices[1]) for name, part in value.items()}
     elif expected is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
@@ -267,7 +336,7 @@ def _coerce(key: str, value: Any, expected: Any) -> Any:
                 return float(value)
             except ValueError:
                 pass
-    elif isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
+    elif origin is None and isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{key} is {_yaml_value(value)} ({_kind(value)}); it must be {_type_name(expected)}.")
 
@@ -276,6 +345,10 @@ def _type_name(expected: Any) -> str:
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
     if get_origin(expected) in (Union, types.UnionType):
         return " or ".join(_type_name(choice) for choice in get_args(expected))
+    if get_origin(expected) is Literal:
+        return " or ".join(map(str, get_args(expected)))
+    if get_origin(expected) is dict:
+        return "a section of names and numbers"
     if get_origin(expected) is list:
         return "a list of text"
     return names[expected]

@@ -1,4 +1,4 @@
-"""Data files to rows of prompt and completion, or of plain text."""
+"""Data files to rows of prompt and completion, of chat messages, or of plain text."""
 
 import random
 import string
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load_rows", "load_splits", "render_prompt"]
 
+_MESSAGES = "write a list of {role: user, content: ...} and {role: assistant, content: ...}"
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
@@ -21,7 +22,8 @@ def load_splits(config: DataConfig, seed: int) -> tuple["Dataset", "Dataset | No
     """Load the training rows and the evaluation rows that the configuration names.
 
     Returns:
-        Datasets with the columns prompt and completion, or text. The second is None when there is no evaluation data.
+        Datasets with the columns prompt and completion, or messages, or text. The second is None when there is no
+        evaluation data.
 
     Raises:
         DataError: a file is missing, unreadable or empty, or lacks a column.
@@ -45,16 +47,24 @@ def load_splits(config: DataConfig, seed: int) -> tuple["Dataset", "Dataset | No
 
 
 def load_rows(source: str, config: DataConfig | None = None) -> "Dataset":
-    """Load one data file, or one hub dataset, as rows of prompt and completion or of text.
+    """Load one data file, or one hub dataset, as rows of prompt and completion, of messages or of text.
 
     Raises:
-        DataError: it is missing, unreadable or empty, lacks a column, or a cell holds no text.
+        DataError: it is missing, unreadable or empty, lacks a column, or a cell holds no text or no messages.
     """
     config = config or DataConfig()
     dataset = _read(source)
     if len(dataset) == 0:
         raise DataError(f"{source} has no rows; training needs at least one.")
     fields = _fields(source, dataset.column_names, config)
+    if "messages" in fields:
+        column = fields["messages"]
+        for row, value in enumerate(dataset[column]):
+            problem = _problem_of_messages(value)
+            if problem:
+                raise DataError(f"row {row + 1} of {source} has {problem} in column {column}; {_MESSAGES}.")
+        dataset = dataset.select_columns([column])
+        return dataset if column == "messages" else dataset.rename_column(column, "messages")
     for column in fields["columns"]:
         for row, value in enumerate(dataset[column]):
             # An instruction may well come without an input; a completion may not be missing.
@@ -94,6 +104,18 @@ def render_prompt(prompt: str, tokenizer: "PreTrainedTokenizerBase", config: Dat
     return text
 
 
+def _problem_of_messages(messages: Any) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        return "no messages"
+    for message in messages:
+        texts = [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            return "a message without role and content"
+    if not any(message["role"] == "assistant" for message in messages):
+        return "no message of the assistant"
+    return None
+
+
 def _read(source: str) -> "Dataset":
     datasets = require("datasets")
     path = Path(source).expanduser()
@@ -115,8 +137,15 @@ def _read(source: str) -> "Dataset":
         raise DataError(f"the data file {source} does not exist; give the path of a JSONL, CSV or Parquet file.")
     try:
         return datasets.load_dataset(name, split=split or "train")
+    except ValueError as error:
+        if "split" not in str(error).lower():
+            raise DataError(f"the hub dataset {name} cannot be read: {str(error).splitlines()[0]}") from error
+        raise DataError(f"the hub dataset {name} has no split {split or 'train'}; name one as {name}:split.") from error
     except Exception as error:
-        raise DataError(f"the data file {source} does not exist, and no hub dataset of that name was found.") from error
+        raise DataError(
+            f"the data file {source} does not exist, and no hub dataset of that name was found: it has another name, "
+            "or the hub cannot be reached."
+        ) from error
 
 
 def _fields(source: str, columns: list[str], config: DataConfig) -> dict[str, Any]:
@@ -132,6 +161,9 @@ def _fields(source: str, columns: list[str], config: DataConfig) -> dict[str, An
     if config.text is not None:
         text = need(config.text, "data.text")
         return {"text": text, "columns": [text]}
+    own_columns = config.prompt is not None or config.completion is not None
+    if config.messages is not None or ("messages" in columns and not own_columns):
+        return {"messages": need(config.messages or "messages", "data.messages")}
     completion = None
     if config.completion is not None:
         completion = need(config.completion, "data.completion")
@@ -154,8 +186,9 @@ def _fields(source: str, columns: list[str], config: DataConfig) -> dict[str, An
         return {"text": "text", "columns": ["text"]}
     else:
         raise DataError(
-            f"{source} has none of the columns prompt, instruction and text; its columns are {', '.join(columns)}: "
-            "set data.prompt to a template such as {question}, and data.completion to a column."
+            f"{source} has none of the columns prompt, instruction, messages and text; its columns are "
+            f"{', '.join(columns)}: set data.prompt to a template such as {{question}}, and "
+            "data.completion to a column."
         )
     if completion is None:
         completion = next((name for name in ("completion", "output") if name in columns), None)

@@ -1,21 +1,71 @@
-"""Perplexity, and classification by ranking the labels' probabilities."""
+"""Perplexity and token accuracy, and classification by ranking the labels' probabilities."""
 
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import DataError
+from .tokens import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["accuracy", "perplexity", "rank_labels"]
+__all__ = ["TokenScores", "accuracy", "perplexity", "rank_labels", "score_tokens"]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores over all target tokens alike: mean negative log-likelihood in nats, the part predicted first, count."""
+
+    loss: float
+    accuracy: float
+    count: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
 
 
 @torch.inference_mode()
+def score_tokens(
+    model: "PreTrainedModel", rows: Sequence[tuple[list[int], list[int]]], pad_token_id: int, batch_size: int = 8
+) -> TokenScores:
+    """Score a model on the tokens that each row has a label for.
+
+    Args:
+        rows: token ids and labels, of one length; a label is the token itself, or `IGNORED`.
+        batch_size: rows in a forward pass.
+
+    Raises:
+        DataError: no row has a target after its first token.
+    """
+    rows = [(ids, labels) for ids, labels in rows if any(label != IGNORED for label in labels[1:])]
+    if not rows:
+        raise DataError("no text has two tokens or more within max_length, so there is nothing to predict.")
+    rows.sort(key=lambda row: len(row[0]))  # rows of like length pad little
+    total, right, count = 0.0, 0, 0
+    model.eval()
+    for at in range(0, len(rows), batch_size):
+        batch = rows[at : at + batch_size]
+        ids, mask = _pad([ids for ids, _ in batch], pad_token_id, model.device)
+        targets = _pad([labels for _, labels in batch], IGNORED, model.device)[0][:, 1:]
+        # Only the positions that are counted go through the vocabulary's large product.
+        first = int((targets != IGNORED).any(0).nonzero()[0])
+        keep = torch.arange(first, ids.shape[1] - 1, device=ids.device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits
+        targets = targets[:, first:]
+        counted = targets != IGNORED
+        logits, targets = logits[counted].float(), targets[counted]
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        right += int((logits.argmax(-1) == targets).sum())
+        count += len(targets)
+    return TokenScores(total / count, right / count, count)
+
+
 def perplexity(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -41,29 +91,9 @@ def perplexity(
     for index, text in enumerate(texts):
         prompt = [] if prompts is None else tokenizer(prompts[index])["input_ids"]
         ids = tokenizer(text if prompts is None else prompts[index] + text)["input_ids"] + end
-        start = max(1, _common_prefix([prompt, ids]))  # the first token has nothing before it to be predicted from
-        if start < len(ids[:max_length]):
-            rows.append((ids[:max_length], start))
-    if not rows:
-        raise DataError("no text has two tokens or more within max_length, so there is nothing to predict.")
-    rows.sort(key=lambda row: len(row[0]))  # rows of like length pad little
-    total, count = 0.0, 0
-    model.eval()
-    for at in range(0, len(rows), batch_size):
-        batch = rows[at : at + batch_size]
-        ids, mask = _pad([ids for ids, _ in batch], tokenizer.pad_token_id, model.device)
-        position = torch.arange(1, ids.shape[1], device=ids.device)
-        starts = torch.tensor([start for _, start in batch], device=ids.device)
-        counted = (position >= starts[:, None]) & mask[:, 1:].bool()
-        # Only the positions that are counted go through the vocabulary's large product.
-        first = int(starts.min()) - 1
-        keep = torch.arange(first, ids.shape[1] - 1, device=ids.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits
-        counted, targets = counted[:, first:], ids[:, first + 1 :]
-        loss = torch.nn.functional.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
-        total += loss.item()
-        count += int(counted.sum())
-    return math.exp(total / count)
+        start = _common_prefix([prompt, ids])
+        rows.append((ids[:max_length], ([IGNORED] * start + ids[start:])[:max_length]))
+    return score_tokens(model, rows, tokenizer.pad_token_id, batch_size).perplexity
 
 
 @torch.inference_mode()

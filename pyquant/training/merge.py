@@ -6,7 +6,18 @@ from typing import Literal
 
 from .config import ModelConfig, QuantizationConfig
 from .errors import ConfigError
-from .models import adapter_record, check_adapter, check_model, load_adapter, load_base, load_tokenizer, quantize, quiet
+from .methods import fit_vocabulary
+from .models import (
+    adapter_record,
+    adapter_tokenizer,
+    check_adapter,
+    check_model,
+    load_adapter,
+    load_base,
+    quantize,
+    quiet,
+    set_end_token,
+)
 
 __all__ = ["merge"]
 
@@ -45,10 +56,12 @@ def merge(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} exists and is not empty; give a new folder for the merged model.")
     quantization = _trained_quantization(adapter, quant_type) if base == "4bit" else None
-    tokenizer = load_tokenizer(model)
+    tokenizer = adapter_tokenizer(model, adapter)
 
     dense = load_base(ModelConfig(path=model, precision=precision))
     dtype = dense.dtype
+    fit_vocabulary(dense, tokenizer)
+    set_end_token(dense, tokenizer, adapter)
     if quantization is not None:
         import pyquant
 

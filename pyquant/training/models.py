@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "adapter_record",
+    "adapter_tokenizer",
     "add_adapter",
     "check_adapter",
     "check_model",
@@ -33,6 +34,7 @@ __all__ = [
     "quantization_of",
     "quantize",
     "quiet",
+    "set_end_token",
     "write_adapter_record",
 ]
 
@@ -223,25 +225,42 @@ def quantize(model: "PreTrainedModel", config: QuantizationConfig) -> "PreTraine
     )
 
 
-def add_adapter(model: "PreTrainedModel", config: AdapterConfig) -> "PeftModel":
+def add_adapter(model: "PreTrainedModel", config: AdapterConfig, new_tokens: Sequence[int] = ()) -> "PeftModel":
     """Put a new, untrained LoRA adapter on the model.
+
+    Args:
+        new_tokens: ids of tokens that were added to the vocabulary; their rows of embeddings and output layer are
+            trained with the adapter, unless ``config.embeddings`` is none.
 
     Raises:
         ModelError: the model has no layer of the configured names.
     """
     from peft import LoraConfig, get_peft_model
 
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    embeddings = _names(model, [model.get_input_embeddings()] + ([] if tied else [model.get_output_embeddings()]))
+    rows = sorted(new_tokens) if config.embeddings == "new" else []
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=config.target_modules,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        trainable_token_indices=dict.fromkeys(embeddings, rows) if rows else None,
+        modules_to_save=embeddings if config.embeddings == "all" else None,
+        ensure_weight_tying=tied and config.embeddings == "all",  # rows of tied weights stay tied by themselves
     )
     try:
         return get_peft_model(model, lora)
     except ValueError as error:
         raise ModelError(f"adapter.target_modules is {config.target_modules}: {_first(error)}") from error
+
+
+def _names(model: torch.nn.Module, modules: list[torch.nn.Module]) -> list[str]:
+    """The last part of the modules' names, by which PEFT finds them."""
+    return [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is m for m in modules)]
 
 
 def load_adapter(model: "PreTrainedModel", adapter: str | Path) -> "PeftModel":
@@ -267,16 +286,45 @@ def check_adapter(adapter: str | Path) -> None:
         )
 
 
-def write_adapter_record(adapter: Path, model: ModelConfig, quantization: QuantizationConfig) -> None:
-    """Write next to an adapter which base it was trained on, and how that was quantized."""
-    record = {"base": model.path, "quantization": asdict(quantization)}
+def write_adapter_record(
+    adapter: Path, model: ModelConfig, quantization: QuantizationConfig, end_token: str | None = None
+) -> None:
+    """Write next to an adapter which base it was trained on, how that was quantized, and the token that ends an answer
+    where it is not the tokenizer's.
+    """
+    record = {"base": model.path, "quantization": asdict(quantization), "end_token": end_token}
     (adapter / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def adapter_tokenizer(model: str, adapter: str | Path | None) -> "PreTrainedTokenizerBase":
+    """The tokenizer saved with an adapter, which may have tokens that the base's does not; else the base's.
+
+    Raises:
+        ModelError: see `load_tokenizer`.
+    """
+    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    return load_tokenizer(str(adapter) if own else model)
 
 
 def adapter_record(adapter: str | Path) -> dict | None:
     """What `write_adapter_record` wrote, or None for an adapter of other origin."""
     file = Path(adapter) / _RECORD
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def set_end_token(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    adapter: str | Path | None = None,
+    token: str | None = None,
+) -> None:
+    """Let generation stop at ``token``, or at the one that an adapter was trained with, beside the model's own."""
+    token = token or ((adapter_record(adapter) if adapter else None) or {}).get("end_token")
+    if token is None:
+        return
+    known = model.generation_config.eos_token_id
+    ends = [*(known if isinstance(known, list) else [known]), tokenizer.convert_tokens_to_ids(token)]
+    model.generation_config.eos_token_id = sorted({end for end in ends if end is not None})
 
 
 def quantization_of(adapter: str | Path | None, method: str) -> QuantizationConfig:

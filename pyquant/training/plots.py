@@ -1,26 +1,54 @@
-"""The loss curve of a run."""
+"""A run's curves and its confusion matrix."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import require
 
-__all__ = ["plot_loss"]
+__all__ = ["plot_confusion", "plot_loss"]
 
 
 def plot_loss(history: list[dict], file: Path) -> None:
-    """Draw training and evaluation loss over the optimizer steps, from Trainer's log history, into a PNG."""
+    """Draw loss, token accuracy and learning rate over the optimizer steps, from Trainer's log history, into a PNG."""
+    figure = _figure(7, 7)
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1))
+    for axes, keys, title in (
+        (panels[0], ("loss", "eval_loss"), "loss per target\ntoken (nats)"),
+        (panels[1], ("mean_token_accuracy", "eval_mean_token_accuracy"), "token accuracy"),
+        (panels[2], ("learning_rate",), "learning rate"),
+    ):
+        for key, style in zip(keys, (".-", "o--"), strict=False):
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            if points:
+                label = "evaluation" if key.startswith("eval") else "training"
+                axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        axes.set(ylabel=title)
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    panels[2].set(xlabel="optimizer step")
+    figure.savefig(file, dpi=120)
+
+
+def plot_confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str], file: Path, title: str = "") -> None:
+    """Draw a confusion matrix, rows by expected label, into a PNG."""
+    require("sklearn")
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    size = 2.5 + 0.6 * len(labels)
+    figure = _figure(size + 1, size)
+    import numpy
+
+    display = ConfusionMatrixDisplay(numpy.array(matrix), display_labels=[label.strip() for label in labels])
+    display.plot(ax=figure.add_subplot(), cmap="Blues", xticks_rotation=45, colorbar=False)
+    display.ax_.set(xlabel="predicted", ylabel="expected", title=title)
+    figure.savefig(file, dpi=120)
+
+
+def _figure(width: float, height: float):
     require("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display, and leaves pyplot's global state alone
-    axes = figure.add_subplot()
-    for key, label, style in (("loss", "training", ".-"), ("eval_loss", "evaluation", "o--")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="optimizer step", ylabel="loss per target token (nats)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=120)
+    return figure

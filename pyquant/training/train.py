@@ -1,8 +1,8 @@
-"""The fine-tuning run: a configuration in, TRL's SFTTrainer, an adapter and its metrics out."""
+"""The fine-tuning run: a configuration in, TRL's SFTTrainer, an adapter or a model and its metrics out."""
 
 import json
-import math
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,46 +12,89 @@ import torch
 import yaml
 from rich.console import Console
 
+from .batches import (
+    accumulation,
+    candidates,
+    checkpoint_batch,
+    first_guess,
+    largest_that_runs,
+    world_size,
+)
+from .card import write_card
 from .config import Config, TrainingConfig, nearest, parse_config, to_dict
-from .data import load_splits, render_prompt
-from .errors import ConfigError, require
-from .launch import is_main_process
+from .errors import ConfigError, DataError, full_disk_is_an_error, require
+from .hub import check_hub, upload
+from .launch import is_main_process, uses_fsdp
+from .measure import Measurements
+from .merge import merge
+from .methods import choose_trainable, fit_vocabulary, resolve_method, uses_adapter
 from .models import (
-    add_adapter,
     check_model,
     choose_device,
     choose_dtype,
     load_quantized,
     load_tokenizer,
+    set_end_token,
     write_adapter_record,
 )
+from .plan import Plan, check_disk, device_memory, make_plan, measure_rate, plan_table
+from .prepare import Prepared, prepare_data
+from .tokens import add_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTTrainer
 
-__all__ = ["Result", "build_trainer", "find_checkpoint", "make_deterministic", "train"]
+__all__ = ["Result", "build_trainer", "find_checkpoint", "make_deterministic", "plan_run", "train"]
 
 # A checkpoint may be continued longer or with another learning rate, but not on another model or other data.
-_FIXED_ON_RESUME = ("model", "quantization", "adapter", "data")
+_FIXED_ON_RESUME = ("model", "quantization", "adapter", "partial", "data")
 
 
 @dataclass
 class Result:
-    """What a run gives back: the metrics that metrics.json holds, and the model with its adapter."""
+    """What a run gives back: the metrics that metrics.json holds, the trained model, the folder with its weights."""
 
     metrics: dict[str, Any]
-    model: "PeftModel"
+    model: torch.nn.Module
     tokenizer: "PreTrainedTokenizerBase"
+    folder: Path
+
+
+@dataclass
+class _Run:
+    """All that is known before weights are read."""
+
+    config: Config
+    method: str
+    device: torch.device
+    checkpoint: Path | None
+    tokenizer: "PreTrainedTokenizerBase"
+    new_tokens: list[int]
+    prepared: Prepared
+    measurements: Measurements
+    batch_size: int
+    batch_sizes: list[int]
+    plan: Plan
+
+
+def plan_run(config: Config, console: Console | None = None) -> Plan:
+    """Check a run, print its plan and return it; nothing is written, and no weights are read.
+
+    Raises:
+        UserError: as `train`.
+    """
+    console = (console or Console()) if is_main_process() else Console(quiet=True)
+    return _check(config, console).plan
 
 
 def train(config: Config, console: Console | None = None, model: "PreTrainedModel | None" = None) -> Result:
-    """Fine-tune as the configuration says.
+    """Fine-tune as the configuration says, after printing the plan.
 
-    Leaves in ``training.output_dir``: ``adapter/`` (with the tokenizer), ``metrics.json``, ``loss.png``,
-    ``config.yaml``, ``tensorboard/`` and the last ``checkpoint-*`` folders.
+    Leaves in ``training.output_dir``: ``adapter/``, or ``model/`` for the methods partial and full, each with the
+    tokenizer and a model card; ``merged/`` where asked; ``metrics.json``, ``loss.png``, ``confusion.png`` where labels
+    are ranked, ``config.yaml``, ``tensorboard/`` and the last ``checkpoint-*`` folders.
 
     Args:
         config: see `pyquant.training.config`.
@@ -59,84 +102,199 @@ def train(config: Config, console: Console | None = None, model: "PreTrainedMode
         model: a base model already loaded and quantized from ``config.model.path``; loaded here when None.
 
     Raises:
-        UserError: the configuration, the data or the model cannot be used. Nothing has been written then.
+        UserError: the configuration, the data or the model cannot be used. Nothing has been written then, unless the
+            disk was full or the hub could not be reached.
     """
     console = (console or Console()) if is_main_process() else Console(quiet=True)
-    for module in ("trl", "datasets", "matplotlib", *(("tensorboard",) if config.training.tensorboard else ())):
+    run = _check(config, console)
+    if run.config.training.push_to_hub and is_main_process():
+        check_hub(run.config.training.push_to_hub)
+    with full_disk_is_an_error(config.training.output_dir):
+        return _train(run, console, model)
+
+
+def _check(config: Config, console: Console) -> _Run:
+    """Check everything that a user can get wrong before the weights are read, and print the plan."""
+    settings = config.training
+    for module in ("trl", "datasets", "matplotlib", *(("tensorboard",) if settings.tensorboard else ())):
         require(module)
-    # Everything a user can get wrong is checked before the weights are read.
+    if settings.wandb != "off":
+        require("wandb", "wandb")
     device = choose_device()
     choose_dtype(config.model.precision, device)
     _check_names(config)
-    check_model(config.model.path)
-    checkpoint = find_checkpoint(config.training)
+    method = resolve_method(config)
+    _check_combinations(config, method)
+    model_config = check_model(config.model.path)
+    checkpoint = find_checkpoint(settings)
     if checkpoint:
         _check_same_run(config, checkpoint)
-    train_rows, eval_rows = load_splits(config.data, config.training.seed)
     tokenizer = load_tokenizer(config.model.path)
+    new_tokens = tokenizer.convert_tokens_to_ids(add_tokens(tokenizer, config.data))
+    prepared = prepare_data(config, tokenizer)
+    _check_context(prepared, model_config)
+    measurements = Measurements(config, prepared, tokenizer)
+    rows = _sequences(config, prepared)
 
+    def plan_of(batch_size: int) -> Plan:
+        return make_plan(
+            config,
+            method,
+            model_config,
+            tokenizer,
+            new_tokens,
+            prepared.report,
+            rows=rows,
+            batch_size=batch_size,
+            gradient_accumulation=accumulation(settings, batch_size),
+            device=device,
+            world_size=world_size(),
+        )
+
+    sizes: list[int] = []
+    if isinstance(settings.batch_size, int):
+        batch_size = settings.batch_size
+    elif checkpoint:
+        batch_size = checkpoint_batch(checkpoint)  # another one would change the order of the data
+    else:
+        sizes = candidates(settings, rows)
+        batch_size = first_guess(sizes, plan_of, device_memory(device))
+        sizes = sizes[sizes.index(batch_size) :]
+    plan = plan_of(batch_size)
+    for line in prepared.report.lines(config.data):
+        console.print(line, highlight=False, soft_wrap=True)
+    rate = measure_rate(device, choose_dtype(config.model.precision, device))
+    console.print(plan_table(plan, device, rate), highlight=False)
+    check_disk(config, plan)
+    return _Run(
+        config, method, device, checkpoint, tokenizer, new_tokens, prepared, measurements, batch_size, sizes, plan
+    )
+
+
+def _train(run: _Run, console: Console, model: "PreTrainedModel | None") -> Result:
+    config, settings, checkpoint, prepared = run.config, run.config.training, run.checkpoint, run.prepared
     if model is None:
-        model = load_quantized(config.model, config.quantization, device)
-    make_deterministic(config.training)
-    trainer = build_trainer(config, model, tokenizer, train_rows, eval_rows, console)
+        model = load_quantized(config.model, config.quantization, run.device)
+    dtype = model.dtype
+    make_deterministic(settings)
+    fit_vocabulary(model, run.tokenizer)
+    set_end_token(model, run.tokenizer, token=config.data.end_token)
+    model = choose_trainable(model, config, run.method, run.new_tokens)
+    trainer = build_trainer(
+        config, model, run.tokenizer, prepared.train, prepared.eval, console, dtype=dtype, batch_size=run.batch_size
+    )
+    if run.batch_sizes:
+        _fit_batch(trainer, run, console)
 
-    output = Path(config.training.output_dir)
+    output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     if trainer.is_world_process_zero():
         text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
         (output / "config.yaml").write_text(text, encoding="utf-8")
-        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         start = f", from {checkpoint}" if checkpoint else ""
-        rows = f"{len(train_rows)} rows" + (f", {len(eval_rows)} held out" if eval_rows else "")
-        console.print(f"Training {trainable:,} adapter parameters on {rows}{start}", highlight=False)
+        rows = f"{len(prepared.train)} rows" + (f", {len(prepared.eval)} held out" if prepared.eval else "")
+        what = "adapter parameters" if uses_adapter(run.method) else "parameters"
+        console.print(f"Training {run.plan.trainable:,} {what} on {rows}{start}", highlight=False)
 
-    before = time.perf_counter()
-    if checkpoint and _is_finished(config.training, checkpoint):
+    metrics: dict[str, Any] = {}
+    before = run.measurements.run(trainer.model, after=False) if run.measurements.before else None
+    start_time = time.perf_counter()
+    if checkpoint and _is_finished(settings, checkpoint):
         # Trainer would take one step more. A run killed after its last checkpoint only lacks the results.
         _restore(trainer, checkpoint)
         loss = None
     else:
         loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
-    seconds = time.perf_counter() - before
-    metrics = {
+    metrics |= {
+        "method": run.method,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "train_loss": loss,
-        "train_seconds": seconds,
-        "train_rows": len(train_rows),
+        "train_seconds": time.perf_counter() - start_time,
+        "train_rows": len(prepared.train),
+        "parameters": run.plan.parameters,
+        "trainable": run.plan.trainable,
+        "batch_size": trainer.args.per_device_train_batch_size,
+        "gradient_accumulation": trainer.args.gradient_accumulation_steps,
         "resumed_from_step": _step(checkpoint) if checkpoint else None,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "precision": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
+        "precision": str(dtype).removeprefix("torch."),
+        "data": prepared.metrics(),
+        "planned_memory_bytes": run.plan.memory,
     }
-    if device.type == "cuda":
-        metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-    if eval_rows is not None:
-        eval_loss = trainer.evaluate()["eval_loss"]
-        metrics |= {"eval_loss": eval_loss, "eval_perplexity": math.exp(eval_loss), "eval_rows": len(eval_rows)}
+    if run.device.type == "cuda":
+        metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated(run.device)
+    after = run.measurements.run(trainer.model)
+    if prepared.eval is not None:
+        # Over all target tokens alike; Trainer's own value is a mean of batches.
+        entry = {"eval_loss": after["loss"], "eval_mean_token_accuracy": after["token_accuracy"]}
+        trainer.state.log_history.append(entry | {"step": trainer.state.global_step, "epoch": trainer.state.epoch})
+        metrics |= {
+            "eval_loss": after["loss"],
+            "eval_perplexity": after["perplexity"],
+            "eval_token_accuracy": after["token_accuracy"],
+            "eval_rows": len(prepared.eval),
+        }
+    metrics |= {"before": before, "after": after or None}
     metrics["log"] = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    return Result(metrics, trainer.model, run.tokenizer, _save(run, trainer, metrics, dtype, console))
 
-    adapter = output / "adapter"
-    trainer.save_model(str(adapter))  # by all processes: each may hold a part
-    if trainer.is_world_process_zero():
-        write_adapter_record(adapter, config.model, config.quantization)
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        if metrics["log"]:
-            from .plots import plot_loss
 
-            plot_loss(metrics["log"], output / "loss.png")
-    return Result(metrics, trainer.model, tokenizer)
+def _save(run: _Run, trainer: "SFTTrainer", metrics: dict[str, Any], dtype: torch.dtype, console: Console) -> Path:
+    """Leave a run's results, and return the folder of its weights."""
+    config, settings = run.config, run.config.training
+    adapter = uses_adapter(run.method)
+    output = Path(settings.output_dir)
+    folder = output / ("adapter" if adapter else "model")
+    if not adapter and not uses_fsdp():
+        trainer.model.to(dtype)  # trained in float32, used in 16 bits
+    trainer.save_model(str(folder))  # by all processes: each may hold a part
+    if not trainer.is_world_process_zero():
+        return folder
+    if adapter:
+        write_adapter_record(folder, config.model, config.quantization, config.data.end_token)
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_card(folder, config, run.method, metrics, adapter)
+    if metrics["log"]:
+        from .plots import plot_loss
+
+        plot_loss(metrics["log"], output / "loss.png")
+    scores = metrics["after"] or {}
+    if "confusion_matrix" in scores:
+        from .plots import plot_confusion
+
+        title = f"accuracy {scores['accuracy']:.3f}, macro F1 {scores['macro_f1']:.3f}"
+        plot_confusion(scores["confusion_matrix"], scores["labels"], output / "confusion.png", title)
+    if settings.merge != "none":
+        merged = output / "merged"
+        if (merged / "pyquant-merge.json").is_file():
+            shutil.rmtree(merged)  # of this run, before it was continued
+        sentence = merge(config.model.path, folder, merged, settings.merge, precision=config.model.precision)
+        console.print(sentence, highlight=False, soft_wrap=True)
+    if settings.push_to_hub:
+        console.print(f"Uploaded to {upload(folder, settings.push_to_hub)}", highlight=False, soft_wrap=True)
+    return folder
 
 
 def build_trainer(
     config: Config,
-    model: "PreTrainedModel",
+    model: torch.nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
     train_rows: "Dataset",
     eval_rows: "Dataset | None",
     console: Console,
+    *,
+    dtype: torch.dtype,
+    batch_size: int,
 ) -> "SFTTrainer":
-    """Make the SFTTrainer of a run: the adapter on the model, the rows in their chat template, the callbacks."""
-    from transformers import PrinterCallback, ProgressCallback
+    """Make the SFTTrainer of a run.
+
+    Args:
+        model: with its adapter, or with the parameters marked that are trained.
+        train_rows, eval_rows: tokenized, with columns input_ids and labels.
+        dtype: of the products.
+    """
+    from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
     from transformers.integrations import TensorBoardCallback
     from trl import SFTConfig
 
@@ -144,24 +302,31 @@ def build_trainer(
     from .trainer import CompletionTrainer
 
     settings = config.training
-    dtype = model.dtype
+    keep_best = settings.keep_best or settings.early_stopping is not None
+    if settings.wandb != "off":
+        os.environ.setdefault("WANDB_DIR", str(Path(settings.output_dir).absolute()))
+        os.environ.setdefault("WANDB_PROJECT", "pyquant")
+        os.environ["WANDB_MODE"] = settings.wandb
+        os.environ.setdefault("WANDB_SILENT", "true")
+        Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
     arguments = SFTConfig(
         output_dir=settings.output_dir,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.eval_batch_size or settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size or batch_size,
+        gradient_accumulation_steps=accumulation(settings, batch_size),
         gradient_checkpointing=settings.gradient_checkpointing,
-        completion_only_loss=settings.completion_only_loss and "prompt" in train_rows.column_names,
         max_length=config.data.max_length,
+        packing=config.data.packing,
+        eval_packing=False,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim=settings.optimizer,
-        # 16-bit weights with a 32-bit adapter: autocast runs the adapter's products in 16 bits.
+        # 16-bit weights with 32-bit trained ones: autocast runs the products in 16 bits.
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not torch.cuda.is_available(),
@@ -174,32 +339,74 @@ def build_trainer(
         save_strategy="steps",
         save_steps=settings.save_every,
         save_total_limit=settings.keep_checkpoints,
+        load_best_model_at_end=keep_best,
+        metric_for_best_model="eval_loss" if keep_best else None,
+        greater_is_better=False if keep_best else None,
+        restore_callback_states_from_checkpoint=True,  # early stopping goes on counting
         seed=settings.seed,
-        report_to="none",
+        report_to=["wandb"] if settings.wandb != "off" else "none",
+        run_name=Path(settings.output_dir).name,
         disable_tqdm=True,
     )
-
-    def render(row: dict[str, str]) -> dict[str, str]:
-        return {"prompt": render_prompt(row["prompt"], tokenizer, config.data)}
-
-    if "prompt" in train_rows.column_names:
-        train_rows = train_rows.map(render)
-        eval_rows = eval_rows.map(render) if eval_rows is not None else None
     trainer = CompletionTrainer(
-        model=add_adapter(model, config.adapter),
+        model=model,
         args=arguments,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
+        embedding_learning_rate=settings.embedding_learning_rate,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressDisplay(console))
+    if settings.early_stopping is not None:
+        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping))
     if settings.tensorboard and trainer.is_world_process_zero():
         from torch.utils.tensorboard import SummaryWriter
 
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(Path(settings.output_dir) / "tensorboard"))))
     return trainer
+
+
+def _fit_batch(trainer: "SFTTrainer", run: _Run, console: Console) -> None:
+    """Try the batch sizes, largest first, on the longest rows, and set the trainer to the first that fits."""
+    rows = trainer.train_dataset
+    longest = rows[max(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))]
+    state = torch.empty(run.plan.optimizer, dtype=torch.uint8, device=run.device)  # that training will hold too
+    if run.config.training.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+
+    def step(batch_size: int) -> None:
+        inputs = trainer._prepare_inputs(trainer.data_collator([longest] * batch_size))
+        trainer.model.train()
+        devices = [run.device] if run.device.type == "cuda" else []
+        try:
+            # Dropout draws random numbers, which the run is not to lose.
+            with torch.random.fork_rng(devices=devices), trainer.accelerator.autocast():
+                trainer.compute_loss(trainer.model, inputs).backward()
+        finally:
+            trainer.model.zero_grad(set_to_none=True)
+
+    found = largest_that_runs(run.batch_sizes, step)
+    del state
+    trainer._metrics["train"].clear()
+    trainer._total_train_tokens = 0
+    found = int(trainer.accelerator.gather(torch.tensor([found], device=trainer.accelerator.device)).min())
+    trainer.args.per_device_train_batch_size = found
+    trainer._train_batch_size = trainer.args.train_batch_size
+    trainer.args.gradient_accumulation_steps = accumulation(run.config.training, found)
+    steps = f"{found} rows × {trainer.args.gradient_accumulation_steps} forward passes"
+    console.print(f"Batch size found: {steps} per device and step", highlight=False)
+
+
+def _sequences(config: Config, prepared: Prepared) -> int:
+    """Sequences in an epoch, which packing makes fewer than the rows."""
+    if not config.data.packing:
+        return len(prepared.train)
+    from trl import pack_dataset
+
+    rows = prepared.train.select_columns(["input_ids", "labels"])
+    return len(pack_dataset(rows, config.data.max_length, "bfd", {"desc": None}))
 
 
 def find_checkpoint(settings: TrainingConfig) -> Path | None:
@@ -251,6 +458,46 @@ def _check_names(config: Config) -> None:
     ):
         if value is not None and value not in known:
             raise ConfigError(f"{key} is {value}; {nearest(value, known)}")
+    if "8bit" in config.training.optimizer or config.training.optimizer.startswith("paged"):
+        require("bitsandbytes", None)
+
+
+def _check_combinations(config: Config, method: str) -> None:
+    """Check the values that exclude each other."""
+    settings = config.training
+    evaluates = config.data.eval is not None or config.data.eval_fraction > 0
+    if settings.keep_best or settings.early_stopping is not None:
+        key = "training.early_stopping" if settings.early_stopping is not None else "training.keep_best"
+        if not evaluates or not settings.eval_every:
+            raise ConfigError(
+                f"{key} compares evaluations; set data.eval or data.eval_fraction, and training.eval_every."
+            )
+        if settings.save_every % settings.eval_every:
+            raise ConfigError(
+                f"{key} needs an evaluation at every checkpoint; training.save_every ({settings.save_every}) must be a "
+                f"multiple of training.eval_every ({settings.eval_every})."
+            )
+    if settings.merge != "none" and not uses_adapter(method):
+        raise ConfigError(
+            f"training.merge is {settings.merge}, but the method {method} leaves a model; set it to none."
+        )
+    if settings.merge == "4bit" and method != "qlora":
+        raise ConfigError(f"training.merge is 4bit, but the method {method} trains on 16-bit weights; set it to 16bit.")
+    if settings.batch_size == "auto" and uses_fsdp():
+        raise ConfigError("training.batch_size is auto, which cannot be found for a sharded model; set a number.")
+
+
+def _check_context(prepared: Prepared, model_config: "PretrainedConfig") -> None:
+    """Refuse rows that the model's positions do not reach."""
+    context = getattr(model_config, "max_position_embeddings", None)
+    if context is None:
+        return
+    count = sum(len(ids) > context for ids in prepared.train["input_ids"])
+    if count:
+        raise DataError(
+            f"{count:,} rows are longer than the model's context of {context} tokens, up to "
+            f"{prepared.report.longest_kept}; set data.max_length to {context}."
+        )
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
@@ -269,22 +516,35 @@ def _is_checkpoint(folder: Path) -> bool:
         return False
     # The optimizer is a file, or a folder of shards where FSDP or DeepSpeed writes it.
     optimizer = any(folder.glob("optimizer*")) or any(folder.glob("global_step*"))
-    return optimizer and all((folder / name).is_file() for name in ("adapter_config.json", "scheduler.pt"))
+    weights = any((folder / name).is_file() for name in ("adapter_config.json", "config.json"))
+    return optimizer and weights and (folder / "scheduler.pt").is_file()
 
 
 def _is_finished(settings: TrainingConfig, checkpoint: Path) -> bool:
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
+    if settings.early_stopping is not None and isinstance(stopping, dict):
+        waited = stopping["attributes"]["early_stopping_patience_counter"]
+        if waited >= settings.early_stopping:
+            return True
     if settings.max_steps is not None:
         return state["global_step"] >= settings.max_steps
     return state["epoch"] >= settings.epochs
 
 
 def _restore(trainer: "SFTTrainer", checkpoint: Path) -> None:
+    """Put a finished run's weights and state into the trainer; with keep_best those of the best checkpoint."""
     from peft import load_peft_weights, set_peft_model_state_dict
     from transformers import TrainerState
 
-    set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint)))
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    weights = checkpoint
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        weights = Path(trainer.state.best_model_checkpoint)
+    if (weights / "adapter_config.json").is_file():
+        set_peft_model_state_dict(trainer.model, load_peft_weights(str(weights)))
+    else:
+        trainer._load_from_checkpoint(str(weights))
 
 
 def _step(checkpoint: Path) -> int:
@@ -298,6 +558,12 @@ def _check_same_run(config: Config, checkpoint: Path) -> None:
         return
     then = to_dict(parse_config(yaml.safe_load(file.read_text(encoding="utf-8"))))
     now = to_dict(config)
+    methods = [resolve_method(parse_config(tree)) for tree in (then, now)]
+    if methods[0] != methods[1]:
+        raise ConfigError(
+            f"training.method is {methods[1]}, but {checkpoint} was made with {methods[0]}; "
+            "put it back, or choose another training.output_dir."
+        )
     for section in _FIXED_ON_RESUME:
         for key, value in now[section].items():
             if then[section][key] != value:

@@ -50,7 +50,7 @@ def test_eval_classifies_with_the_adapter(run, tiny_model, adapter, data_file, t
     assert results[1]["perplexity"] < 0.5 * results[0]["perplexity"]
     assert results[1]["accuracy"] >= 6 / 9  # as many as always answering no
     code, _, err = run(*common, "--labels", "no,maybe")
-    assert (code, err) == (1, f"Error: {data_file} has the completion ' yes', which --labels does not list; add it.\n")
+    assert (code, err) == (2, "Error: the rows have the completion ' yes', which is none of the labels; add it.\n")
 
 
 def test_generate_prints_the_answer_alone(run, tiny_model, adapter):

@@ -1,4 +1,8 @@
+import re
+from pathlib import Path
+
 import pytest
+import yaml
 
 from pyquant.training.config import describe_keys, keys, load_config, parse_config, to_dict
 from pyquant.training.errors import ConfigError
@@ -27,7 +31,9 @@ def test_overrides_win_over_the_file(tmp_path):
         ({"trainig": {"epochs": 1}}, [], r"trainig .* section.* did you mean training|did you mean training\.epochs"),
         ({}, ["learning_rate=1"], r"did you mean training\.learning_rate\?"),
         ({"adapter": {"rank": 8}}, [], r"adapter\.rank is not .* did you mean adapter\.r\?"),
-        ({"training": {"batch_size": "four"}}, [], r"training\.batch_size is four \(text\); .* a whole number"),
+        ({"training": {"batch_size": "four"}}, [], r"batch_size is four \(text\); .* a whole number or auto"),
+        ({"data": {"mix": {"a.jsonl": "much"}}}, [], r"data\.mix\.a\.jsonl is much .* must be a number"),
+        ({"data": {"mix": ["a.jsonl"]}}, [], r"data\.mix .* must be a section of names and numbers"),
         ({"training": {"batch_size": 2.5}}, [], r"training\.batch_size is 2\.5 \(a number\)"),
         ({"training": {"batch_size": True}}, [], r"training\.batch_size is true"),
         ({"training": {"batch_size": 0}}, [], r"training\.batch_size is 0; it must be at least 1"),
@@ -56,6 +62,17 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     file.write_text("a: [1\nb: 2\n")
     with pytest.raises(ConfigError, match=r"broken\.yaml is not valid YAML \(line 2\)"):
         load_config(file)
+
+
+def test_the_documented_sections_are_valid():
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        parse_config(yaml.safe_load(block))
+    named = set(re.findall(r"`((?:model|quantization|adapter|partial|data|training|evaluation)\.\w+)[:`]", text))
+    assert len(named) > 10
+    assert named <= set(keys())
 
 
 def test_every_key_is_described():

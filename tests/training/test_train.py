@@ -62,13 +62,18 @@ def test_the_loss_is_trls(settings, tiny_model, data_file):
     from trl import SFTTrainer
 
     from pyquant.training.data import load_splits
+    from pyquant.training.methods import choose_trainable
     from pyquant.training.models import load_base, load_tokenizer
+    from pyquant.training.prepare import prepare_data
     from pyquant.training.train import build_trainer
 
     config = parse_config(settings)
     rows, _ = load_splits(config.data, 0)
-    model = load_base(config.model, torch.device("cpu"))
-    trainer = build_trainer(config, model, load_tokenizer(str(tiny_model)), rows, None, Console())
+    tokenizer = load_tokenizer(str(tiny_model))
+    model = choose_trainable(load_base(config.model, torch.device("cpu")), config, "lora")
+    tokenized = prepare_data(config, tokenizer).train
+    options = {"dtype": torch.float32, "batch_size": 4}
+    trainer = build_trainer(config, model, tokenizer, tokenized, None, Console(), **options)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(5)])
     # Each answer is one word and the end token, though the end token is also the padding token.
     assert (batch["labels"] != -100).sum(1).tolist() == [
