@@ -62,7 +62,7 @@ LinearPlan small_m_plan(const LinearProblem& p, int split) {
 bool stream_legal(const LinearProblem& p) {
   return p.direction == LinearDirection::kForward && p.dtype != DType::kFloat32 && p.m <= 16 && p.n % 16 == 0 &&
          p.k % 128 == 0 && p.k <= 8 * 4096 && p.n * p.k < (int64_t{1} << 36) && p.blocksize >= 64 && p.rank % 2 == 0 &&
-         p.aligned && p.arch == 90;
+         p.aligned && p.arch == 90 && p.sm_90a;
 }
 
 LinearPlan stream_plan(const LinearProblem& p) {
