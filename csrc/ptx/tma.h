@@ -7,43 +7,6 @@
 
 namespace pyquant::ptx {
 
-// barrier.h's by address.
-__device__ inline void init_barrier(uint32_t barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ inline void expect_bytes(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ inline void arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Waits for the end of the phase of that parity.
-__device__ inline void wait_phase(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "WAIT_%=:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra WAIT_%=;\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// Whether it has ended.
-__device__ inline bool test_phase(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
 // Copies the box of a two-dimensional tensor map that begins at (row, column) to `destination`, zeros where it leaves
 // the tensor, and completes on `barrier`.
 __device__ inline void copy_tile(uint32_t destination, const void* tensor_map, int column, int row, uint32_t barrier) {
@@ -54,7 +17,18 @@ __device__ inline void copy_tile(uint32_t destination, const void* tensor_map, i
       : "memory");
 }
 
-// The same, to this place and this barrier of every block of the cluster whose bit is set in `ranks`.
+// The same for bytes that are read once: they leave the L2 cache first.
+__device__ inline void copy_tile_once(void* destination, const void* tensor_map, int column, int row,
+                                      uint64_t* barrier) {
+  constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(destination)),
+      "l"(tensor_map), "r"(column), "r"(row), "r"(shared_address(barrier)), "l"(kEvictFirst)
+      : "memory");
+}
+
+// copy_tile to this place and this barrier of every block of the cluster whose bit is set in `ranks`.
 __device__ inline void copy_tile_to_ranks(uint32_t destination, const void* tensor_map, int column, int row,
                                           uint32_t barrier, uint16_t ranks) {
   asm volatile(

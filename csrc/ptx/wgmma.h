@@ -52,124 +52,64 @@ constexpr uint32_t kOperand128 = uint32_t{1} << 30 | 1024 / 16;
 template <typename T, int kColumns>
 struct Wgmma;
 
-#define PYQUANT_WGMMA_32(type)                                                                                \
-  asm volatile(                                                                                               \
-      "{\n.reg .b64 right;\nmov.b64 right, {%20, %21};\n"                                                     \
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                             \
-      " {"                                                                                                    \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "                               \
-      "{%16, %17, %18, %19}, right, 1, 1, 1, 0;\n}"                                                           \
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]), "+f"(sum[4]), "+f"(sum[5]), "+f"(sum[6]),     \
-        "+f"(sum[7]), "+f"(sum[8]), "+f"(sum[9]), "+f"(sum[10]), "+f"(sum[11]), "+f"(sum[12]), "+f"(sum[13]), \
-        "+f"(sum[14]), "+f"(sum[15])                                                                          \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kOperand128))
-template <>
-struct Wgmma<__nv_bfloat16, 32> {
-  __device__ static void add(float (&sum)[16], const uint32_t* a, uint32_t b) { PYQUANT_WGMMA_32("bf16"); }
-};
-template <>
-struct Wgmma<__half, 32> {
-  __device__ static void add(float (&sum)[16], const uint32_t* a, uint32_t b) { PYQUANT_WGMMA_32("f16"); }
-};
-#undef PYQUANT_WGMMA_32
+// The lists of operands, by sixteen: their numbers, and the sums they stand for.
+#define PYQUANT_NUMBERS_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define PYQUANT_NUMBERS_1 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PYQUANT_NUMBERS_2 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define PYQUANT_NUMBERS_3 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PYQUANT_NUMBERS_4 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define PYQUANT_NUMBERS_5 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define PYQUANT_NUMBERS_6 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define PYQUANT_NUMBERS_7 \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define PYQUANT_SUMS_4(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
+#define PYQUANT_SUMS_16(i) PYQUANT_SUMS_4(i), PYQUANT_SUMS_4(i + 4), PYQUANT_SUMS_4(i + 8), PYQUANT_SUMS_4(i + 12)
+#define PYQUANT_SUMS_32(i) PYQUANT_SUMS_16(i), PYQUANT_SUMS_16(i + 16)
+#define PYQUANT_SUMS_64(i) PYQUANT_SUMS_32(i), PYQUANT_SUMS_32(i + 32)
+#define PYQUANT_SUMS_128(i) PYQUANT_SUMS_64(i), PYQUANT_SUMS_64(i + 64)
 
-#define PYQUANT_WGMMA_64(type)                                                                                   \
-  asm volatile(                                                                                                  \
-      "{\n.reg .b64 right;\nmov.b64 right, {%36, %37};\n"                                                        \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                \
-      " {"                                                                                                       \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                   \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                        \
-      "{%32, %33, %34, %35}, right, 1, 1, 1, 0;\n}"                                                              \
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]), "+f"(sum[4]), "+f"(sum[5]), "+f"(sum[6]),        \
-        "+f"(sum[7]), "+f"(sum[8]), "+f"(sum[9]), "+f"(sum[10]), "+f"(sum[11]), "+f"(sum[12]), "+f"(sum[13]),    \
-        "+f"(sum[14]), "+f"(sum[15]), "+f"(sum[16]), "+f"(sum[17]), "+f"(sum[18]), "+f"(sum[19]), "+f"(sum[20]), \
-        "+f"(sum[21]), "+f"(sum[22]), "+f"(sum[23]), "+f"(sum[24]), "+f"(sum[25]), "+f"(sum[26]), "+f"(sum[27]), \
-        "+f"(sum[28]), "+f"(sum[29]), "+f"(sum[30]), "+f"(sum[31])                                               \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kOperand128))
-template <>
-struct Wgmma<__nv_bfloat16, 64> {
-  __device__ static void add(float (&sum)[32], const uint32_t* a, uint32_t b) { PYQUANT_WGMMA_64("bf16"); }
-};
-template <>
-struct Wgmma<__half, 64> {
-  __device__ static void add(float (&sum)[32], const uint32_t* a, uint32_t b) { PYQUANT_WGMMA_64("f16"); }
-};
-#undef PYQUANT_WGMMA_64
-
-#define PYQUANT_WGMMA_128(type)                                                                                  \
-  asm volatile(                                                                                                  \
-      "{\n.reg .b64 right;\nmov.b64 right, {%68, %69};\n"                                                        \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                               \
-      " {"                                                                                                       \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                   \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                         \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                         \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                        \
-      "{%64, %65, %66, %67}, right, 1, 1, 1, 0;\n}"                                                              \
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]), "+f"(sum[4]), "+f"(sum[5]), "+f"(sum[6]),        \
-        "+f"(sum[7]), "+f"(sum[8]), "+f"(sum[9]), "+f"(sum[10]), "+f"(sum[11]), "+f"(sum[12]), "+f"(sum[13]),    \
-        "+f"(sum[14]), "+f"(sum[15]), "+f"(sum[16]), "+f"(sum[17]), "+f"(sum[18]), "+f"(sum[19]), "+f"(sum[20]), \
-        "+f"(sum[21]), "+f"(sum[22]), "+f"(sum[23]), "+f"(sum[24]), "+f"(sum[25]), "+f"(sum[26]), "+f"(sum[27]), \
-        "+f"(sum[28]), "+f"(sum[29]), "+f"(sum[30]), "+f"(sum[31]), "+f"(sum[32]), "+f"(sum[33]), "+f"(sum[34]), \
-        "+f"(sum[35]), "+f"(sum[36]), "+f"(sum[37]), "+f"(sum[38]), "+f"(sum[39]), "+f"(sum[40]), "+f"(sum[41]), \
-        "+f"(sum[42]), "+f"(sum[43]), "+f"(sum[44]), "+f"(sum[45]), "+f"(sum[46]), "+f"(sum[47]), "+f"(sum[48]), \
-        "+f"(sum[49]), "+f"(sum[50]), "+f"(sum[51]), "+f"(sum[52]), "+f"(sum[53]), "+f"(sum[54]), "+f"(sum[55]), \
-        "+f"(sum[56]), "+f"(sum[57]), "+f"(sum[58]), "+f"(sum[59]), "+f"(sum[60]), "+f"(sum[61]), "+f"(sum[62]), \
-        "+f"(sum[63])                                                                                            \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kOperand128))
-template <>
-struct Wgmma<__nv_bfloat16, 128> {
-  __device__ static void add(float (&sum)[64], const uint32_t* a, uint32_t b) { PYQUANT_WGMMA_128("bf16"); }
-};
-template <>
-struct Wgmma<__half, 128> {
-  __device__ static void add(float (&sum)[64], const uint32_t* a, uint32_t b) { PYQUANT_WGMMA_128("f16"); }
-};
-#undef PYQUANT_WGMMA_128
-
-#define PYQUANT_WGMMA_256(type)                                                                                       \
-  asm volatile(                                                                                                       \
-      "{\n.reg .b64 right;\nmov.b64 right, {%132, %133};\n"                                                           \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                                                    \
-      " {"                                                                                                            \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                        \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                              \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                              \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                              \
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                              \
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                              \
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "                  \
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "             \
-      "{%128, %129, %130, %131}, right, 1, 1, 1, 0;\n}"                                                               \
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]), "+f"(sum[4]), "+f"(sum[5]), "+f"(sum[6]),             \
-        "+f"(sum[7]), "+f"(sum[8]), "+f"(sum[9]), "+f"(sum[10]), "+f"(sum[11]), "+f"(sum[12]), "+f"(sum[13]),         \
-        "+f"(sum[14]), "+f"(sum[15]), "+f"(sum[16]), "+f"(sum[17]), "+f"(sum[18]), "+f"(sum[19]), "+f"(sum[20]),      \
-        "+f"(sum[21]), "+f"(sum[22]), "+f"(sum[23]), "+f"(sum[24]), "+f"(sum[25]), "+f"(sum[26]), "+f"(sum[27]),      \
-        "+f"(sum[28]), "+f"(sum[29]), "+f"(sum[30]), "+f"(sum[31]), "+f"(sum[32]), "+f"(sum[33]), "+f"(sum[34]),      \
-        "+f"(sum[35]), "+f"(sum[36]), "+f"(sum[37]), "+f"(sum[38]), "+f"(sum[39]), "+f"(sum[40]), "+f"(sum[41]),      \
-        "+f"(sum[42]), "+f"(sum[43]), "+f"(sum[44]), "+f"(sum[45]), "+f"(sum[46]), "+f"(sum[47]), "+f"(sum[48]),      \
-        "+f"(sum[49]), "+f"(sum[50]), "+f"(sum[51]), "+f"(sum[52]), "+f"(sum[53]), "+f"(sum[54]), "+f"(sum[55]),      \
-        "+f"(sum[56]), "+f"(sum[57]), "+f"(sum[58]), "+f"(sum[59]), "+f"(sum[60]), "+f"(sum[61]), "+f"(sum[62]),      \
-        "+f"(sum[63]), "+f"(sum[64]), "+f"(sum[65]), "+f"(sum[66]), "+f"(sum[67]), "+f"(sum[68]), "+f"(sum[69]),      \
-        "+f"(sum[70]), "+f"(sum[71]), "+f"(sum[72]), "+f"(sum[73]), "+f"(sum[74]), "+f"(sum[75]), "+f"(sum[76]),      \
-        "+f"(sum[77]), "+f"(sum[78]), "+f"(sum[79]), "+f"(sum[80]), "+f"(sum[81]), "+f"(sum[82]), "+f"(sum[83]),      \
-        "+f"(sum[84]), "+f"(sum[85]), "+f"(sum[86]), "+f"(sum[87]), "+f"(sum[88]), "+f"(sum[89]), "+f"(sum[90]),      \
-        "+f"(sum[91]), "+f"(sum[92]), "+f"(sum[93]), "+f"(sum[94]), "+f"(sum[95]), "+f"(sum[96]), "+f"(sum[97]),      \
-        "+f"(sum[98]), "+f"(sum[99]), "+f"(sum[100]), "+f"(sum[101]), "+f"(sum[102]), "+f"(sum[103]), "+f"(sum[104]), \
-        "+f"(sum[105]), "+f"(sum[106]), "+f"(sum[107]), "+f"(sum[108]), "+f"(sum[109]), "+f"(sum[110]),               \
-        "+f"(sum[111]), "+f"(sum[112]), "+f"(sum[113]), "+f"(sum[114]), "+f"(sum[115]), "+f"(sum[116]),               \
-        "+f"(sum[117]), "+f"(sum[118]), "+f"(sum[119]), "+f"(sum[120]), "+f"(sum[121]), "+f"(sum[122]),               \
-        "+f"(sum[123]), "+f"(sum[124]), "+f"(sum[125]), "+f"(sum[126]), "+f"(sum[127])                                \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kOperand128))
-template <>
-struct Wgmma<__nv_bfloat16, 256> {
-  __device__ static void add(float (&sum)[128], const uint32_t* a, uint32_t b) { PYQUANT_WGMMA_256("bf16"); }
-};
-template <>
-struct Wgmma<__half, 256> {
-  __device__ static void add(float (&sum)[128], const uint32_t* a, uint32_t b) { PYQUANT_WGMMA_256("f16"); }
-};
-#undef PYQUANT_WGMMA_256
+// `columns` of the instruction, its `count` sums, and the numbers of those and of the operands behind them.
+#define PYQUANT_WGMMA(type, element, columns, count, numbers, a0, a1, a2, a3, b0, b1)                       \
+  template <>                                                                                               \
+  struct Wgmma<type, columns> {                                                                             \
+    __device__ static void add(float (&sum)[count], const uint32_t* a, uint32_t b) {                        \
+      asm volatile("{\n.reg .b64 right;\nmov.b64 right, {%" #b0 ", %" #b1                                   \
+                   "};\n"                                                                                   \
+                   "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." element "." element " {" numbers \
+                   "}, "                                                                                    \
+                   "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, right, 1, 1, 1, 0;\n}"                        \
+                   : PYQUANT_SUMS_##count(0)                                                                \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kOperand128));                 \
+    }                                                                                                       \
+  };
+#define PYQUANT_NUMBERS_32 PYQUANT_NUMBERS_0 ", " PYQUANT_NUMBERS_1
+#define PYQUANT_NUMBERS_64 PYQUANT_NUMBERS_32 ", " PYQUANT_NUMBERS_2 ", " PYQUANT_NUMBERS_3
+#define PYQUANT_NUMBERS_128 \
+  PYQUANT_NUMBERS_64 ", " PYQUANT_NUMBERS_4 ", " PYQUANT_NUMBERS_5 ", " PYQUANT_NUMBERS_6 ", " PYQUANT_NUMBERS_7
+#define PYQUANT_WGMMAS(type, element)                                               \
+  PYQUANT_WGMMA(type, element, 32, 16, PYQUANT_NUMBERS_0, 16, 17, 18, 19, 20, 21)   \
+  PYQUANT_WGMMA(type, element, 64, 32, PYQUANT_NUMBERS_32, 32, 33, 34, 35, 36, 37)  \
+  PYQUANT_WGMMA(type, element, 128, 64, PYQUANT_NUMBERS_64, 64, 65, 66, 67, 68, 69) \
+  PYQUANT_WGMMA(type, element, 256, 128, PYQUANT_NUMBERS_128, 128, 129, 130, 131, 132, 133)
+PYQUANT_WGMMAS(__nv_bfloat16, "bf16")
+PYQUANT_WGMMAS(__half, "f16")
+#undef PYQUANT_WGMMAS
+#undef PYQUANT_WGMMA
+#undef PYQUANT_SUMS_4
+#undef PYQUANT_SUMS_16
+#undef PYQUANT_SUMS_32
+#undef PYQUANT_SUMS_64
+#undef PYQUANT_SUMS_128
+#undef PYQUANT_NUMBERS_0
+#undef PYQUANT_NUMBERS_1
+#undef PYQUANT_NUMBERS_2
+#undef PYQUANT_NUMBERS_3
+#undef PYQUANT_NUMBERS_4
+#undef PYQUANT_NUMBERS_5
+#undef PYQUANT_NUMBERS_6
+#undef PYQUANT_NUMBERS_7
+#undef PYQUANT_NUMBERS_32
+#undef PYQUANT_NUMBERS_64
+#undef PYQUANT_NUMBERS_128
 
 }  // namespace pyquant::ptx

@@ -19,9 +19,9 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/linear_kernels.h"
 #include "kernels/cuda/tensor_map.h"
-#include "ptx/barrier.h"
 #include "ptx/cluster.h"
 #include "ptx/mma.h"
+#include "ptx/tma.h"
 
 namespace pyquant::cuda {
 namespace {
@@ -371,6 +371,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::arrive_cluster();
     ptx::wait_cluster();
   }
+#else
+  __trap();  // the plan takes this kernel only where there is code for sm_90a
 #endif
 }
 

@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
           const Tile tile = tile_of(p, unit, rank, kTokens);
           const auto copy_lora = [&] {
             for (int i = 0; i < lora_steps; ++i) {
-              ptx::wait_phase(empty(ring.stage), ring.phase ^ 1);
+              ptx::wait_barrier(empty(ring.stage), ring.phase ^ 1);
               ptx::expect_bytes(full(ring.stage), slot_bytes);
               ptx::copy_tile(slot_at(ring.stage), &p.left, i * kStep, tile.token0, full(ring.stage));
               ring.advance<kStages>();
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
           };
           if (lora_first) copy_lora();
           for (int step = first_step; step < first_step + steps; ++step) {
-            ptx::wait_phase(empty(ring.stage), ring.phase ^ 1);
+            ptx::wait_barrier(empty(ring.stage), ring.phase ^ 1);
             const uint32_t slot = slot_at(ring.stage), barrier = full(ring.stage);
             const uint32_t packed = window + L::kPacked + ring.stage * kPackedBytes;
             ptx::expect_bytes(barrier, slot_bytes + kPackedBytes);
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
                                 matrix.double_quantized(),
                                 p.vector_codes ? 2 : 0,
                                 static_cast<uint32_t>(matrix.blocks() - 1)};
-      const auto take_slot = [&] { ptx::wait_phase(empty(ring.stage), ring.phase ^ 1); };
+      const auto take_slot = [&] { ptx::wait_barrier(empty(ring.stage), ring.phase ^ 1); };
       const auto finish_slot = [&] {
         __syncwarp();
         if (lane == 0) ptx::arrive(full(ring.stage));
@@ -506,7 +506,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       }
       ptx::commit_products();
       look_up_half(half ^ 1);
-      if (half == 0 && more && !ready) ptx::wait_phase(full(upcoming), ring.phase);
+      if (half == 0 && more && !ready) ptx::wait_barrier(full(upcoming), ring.phase);
       load_words(next_words, half);
       ptx::wait_products<1>();
       if (half == 0) release(previous);
@@ -517,12 +517,12 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     if (more) {
       current = upcoming;
       ring.advance<kStages>();
-      ready = ptx::test_phase(full(ring.stage), ring.phase);
+      ready = ptx::test_barrier(full(ring.stage), ring.phase);
     }
   };
   // Fills the pipeline.
   const auto start = [&] {
-    ptx::wait_phase(full(ring.stage), ring.phase);
+    ptx::wait_barrier(full(ring.stage), ring.phase);
     current = ring.stage;
     ring.advance<kStages>();
     const uint32_t first_words = words_at + current * kPackedBytes, first_scales = scales_at + current * kScaleBytes;
@@ -543,7 +543,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
 
     for (int i = 0; i < lora_steps; ++i) {
       if (i > 0) load_factor(tile.row0, i);
-      ptx::wait_phase(full(ring.stage), ring.phase);
+      ptx::wait_barrier(full(ring.stage), ring.phase);
       const uint32_t b = ptx::operand_128(slot_at(ring.stage));
       const auto multiply = [&](auto chunks) {
         ptx::fence_products();
