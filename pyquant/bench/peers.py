@@ -105,6 +105,8 @@ class Peer(abc.ABC):
     def exact(self, weight: object) -> torch.Tensor:
         """The weight that is multiplied with, float32 ``[n, k]``."""
 
+    # The operations. A peer defines those that it names in `operations`; the others are not called.
+
     def quantize(self, dense: torch.Tensor):
         """The packed bytes and their state, of a dense weight ``[n, k]``."""
         raise NotImplementedError

@@ -96,12 +96,19 @@ def test_ddp(folder, one_process):
     assert_same_training(resume(command, folder, "ddp", *engine), one_process)
 
 
-def test_fsdp2(folder, one_process):
-    command = [*LAUNCH, str(CONFIGS / "fsdp2.yaml"), str(HERE / "cpu_fsdp.py")]
-    output = run(command, folder, "fsdp2", "training.batch_size=4")
-    assert output.count("14 sharded 4-bit weights of torch.float32") == 2
+FSDP2 = [*LAUNCH, str(CONFIGS / "fsdp2.yaml"), str(HERE / "cpu_fsdp.py")]
+
+
+@pytest.fixture(scope="module")
+def fsdp2(folder):
+    """What the run printed."""
+    return run(FSDP2, folder, "fsdp2", "training.batch_size=4")
+
+
+def test_fsdp2(folder, fsdp2, one_process):
+    assert fsdp2.count("14 sharded 4-bit weights of torch.float32") == 2
     assert_same_training(results(folder, "fsdp2"), one_process)
-    assert_same_training(resume(command, folder, "fsdp2", "training.batch_size=4"), one_process)
+    assert_same_training(resume(FSDP2, folder, "fsdp2", "training.batch_size=4"), one_process)
 
 
 def test_fsdp2_with_cpu_offload_in_bfloat16(folder):
@@ -127,12 +134,10 @@ def test_zero2(folder, one_process, monkeypatch):
     assert_same_training(resume(command, folder, "zero2", *engine), one_process)
 
 
-def test_an_adapter_trained_in_parallel_loads_elsewhere(folder, one_process):
+def test_an_adapter_trained_in_parallel_loads_elsewhere(folder, fsdp2, one_process):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    if not (folder / "fsdp2").exists():
-        pytest.skip("test_fsdp2 did not run")
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     ids = torch.arange(12)[None]
     before = model(ids).logits
