@@ -7,6 +7,7 @@
 #include <cstring>
 #include <mutex>
 #include <set>
+#include <string>
 #include <vector>
 
 namespace pyquant {
@@ -187,6 +188,12 @@ std::vector<LinearPlan> candidates(const LinearProblem& p) {
   return plans;
 }
 
+// A plan as PYQUANT_KERNEL asks for it: a kernel's name, and behind colons tile_m and split where they are to be forced.
+bool asked_for(const LinearPlan& plan, const char* forced) {
+  const std::string kernel = name_of(plan.kernel), tile = kernel + ':' + std::to_string(plan.tile_m);
+  return forced == kernel || forced == tile || forced == tile + ':' + std::to_string(plan.split);
+}
+
 }  // namespace
 
 int64_t LinearPlan::workspace(const LinearProblem& problem) const {
@@ -201,7 +208,7 @@ LinearPlan plan_linear(const LinearProblem& problem) {
   const LinearPlan* best = nullptr;
   for (const bool respect : {true, false}) {
     for (const LinearPlan& plan : plans) {
-      if (respect && forced != nullptr && std::strcmp(forced, name_of(plan.kernel)) != 0) continue;
+      if (respect && forced != nullptr && !asked_for(plan, forced)) continue;
       if (best == nullptr || plan.microseconds < best->microseconds) best = &plan;
     }
     if (best != nullptr) break;

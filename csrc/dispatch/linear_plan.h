@@ -51,7 +51,7 @@ struct LinearPlan {
 };
 
 // The best legal plan. PYQUANT_KERNEL=stream, few_rows, small_m, wgmma, mma or simt forces a kernel wherever it is
-// legal, for tests.
+// legal, for tests; wgmma:128 its tile_m as well, wgmma:128:2 also the split, to fit the cost model.
 LinearPlan plan_linear(const LinearProblem& problem);
 
 // With PYQUANT_LOG=plan, prints each distinct choice once to stderr.
