@@ -73,6 +73,7 @@ struct Parameters {
   int split;
   bool share;
   bool vector_codes;
+  bool quick_scales;  // blocks of 64, double quantization, codes in whole words
 };
 
 struct Ring {
@@ -154,15 +155,21 @@ struct AbsmaxReader {
                                            uint32_t nested_code) const {
     if (!nested) return __uint_as_float(word) * factor;
     const uint32_t code = codes_log2 > 0 ? word >> 8 * (block & 3) & 255u : word;
-    const float value = __uint_as_float(ptx::load_4(nested_code + 4 * code));
-    return __fadd_rn(__fmul_rn(value, nested_absmax), offset) * factor;
+    return combine(code, nested_absmax, nested_code);
+  }
+
+  // Absmax times `factor`, which the table of nested codes and the offset carry.
+  [[maybe_unused]] __device__ float combine(uint32_t code, float nested_absmax, uint32_t nested_code) const {
+    return __fmaf_rn(__uint_as_float(ptx::load_4(nested_code + 4 * code)), nested_absmax, offset);
   }
 };
 
+// The two numbers whose sum `scaled` takes, each twice in a register.
 template <typename T>
-__device__ inline void split_scale(float scale, T& high, T& low) {
-  high = from_float<T>(scale);
-  low = from_float<T>(scale - to_float(high));
+__device__ inline void split_scale(float scale, uint32_t& high, uint32_t& low) {
+  high = pack_pair<T>(scale, scale);
+  const float rest = scale - unpack_pair<T>(high).x;
+  low = pack_pair<T>(rest, rest);
 }
 
 template <typename T, LinearDirection kDirection, int kTokens>
@@ -208,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
   ptx::let_next_kernel_start();
 
   if (warp >= kConsumers / 32) {
-    ptx::give_registers<56>();
+    ptx::give_registers<72>();
     Ring ring;
     if (warp == kConsumers / 32) {
       if (lane == 0) {
@@ -216,6 +223,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
         for (int unit = unit0; unit < units; unit += unit_stride) {
           const Tile tile = tile_of(p, unit, rank, kTokens);
           const auto copy_lora = [&] {
+#pragma unroll 1
             for (int i = 0; i < lora_steps; ++i) {
               ptx::wait_barrier(empty(ring.stage), ring.phase ^ 1);
               ptx::expect_bytes(full(ring.stage), slot_bytes);
@@ -249,17 +257,18 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     } else if (warp <= kConsumers / 32 + kScaleWarps) {
       const int id = threadIdx.x - kConsumers - 32;
       const QuantizedMatrix& matrix = p.weight.matrix;
+      const float factor = 1.0f / p.table_scale;
       if (matrix.double_quantized()) {
         for (int i = id; i < 256; i += 32 * kScaleWarps) {
-          ptx::store_4(window + kNested + 4 * i, __float_as_uint(__ldg(matrix.nested_code + i)));
+          ptx::store_4(window + kNested + 4 * i, __float_as_uint(__ldg(matrix.nested_code + i) * factor));
         }
         sync_threads<4>(32 * kScaleWarps);
       }
       const int shift = p.weight.blocksize_log2 - 5;
       const uint32_t units_32 = static_cast<uint32_t>(matrix.k / 32);  // a row
       const AbsmaxReader reader{p.weight,
-                                load_offset(p.weight),
-                                1.0f / p.table_scale,
+                                load_offset(p.weight) * factor,
+                                factor,
                                 matrix.double_quantized(),
                                 p.vector_codes ? 2 : 0,
                                 static_cast<uint32_t>(matrix.blocks() - 1)};
@@ -270,6 +279,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
         ring.advance<kStages>();
       };
       const auto pass_lora_slots = [&] {
+#pragma unroll 1
         for (int i = 0; i < lora_steps; ++i) {
           take_slot();
           finish_slot();
@@ -278,7 +288,89 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       for (int unit = unit0; unit < units; unit += unit_stride) {
         const Tile tile = tile_of(p, unit, rank, kTokens);
         if (lora_first) pass_lora_slots();
-        if constexpr (kForward) {
+        if (p.quick_scales && kForward) {
+          // Lane: rows id and id + 64 of the tile; a word holds the codes of four steps.
+          const uint32_t* codes = reinterpret_cast<const uint32_t*>(matrix.absmax_codes);
+          const uint32_t last = reader.last >> 2;
+          uint32_t index[2], word[2];
+          float nested[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int row = tile.row0 + id + 64 * i;
+            index[i] = (row < matrix.n ? row : 0) * (units_32 / 8) + first_step / 4;
+            word[i] = __ldg(codes + index[i]) >> first_step % 4 * 8;
+            nested[i] = __ldg(matrix.nested_absmax + (index[i] >> 6));
+          }
+          int group_end = 4 - first_step % 4;
+          for (int step = 0; step < steps;) {
+            // The next four steps' words are on their way during these.
+            uint32_t next_word[2];
+            float next_nested[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              index[i] = min(index[i] + 1, last);
+              next_word[i] = __ldg(codes + index[i]);
+              next_nested[i] = __ldg(matrix.nested_absmax + (index[i] >> 6));
+            }
+#pragma unroll 1
+            for (; step < min(group_end, steps); ++step) {
+              uint32_t high[2], low[2];
+#pragma unroll
+              for (int i = 0; i < 2; ++i) {
+                split_scale<T>(reader.combine(word[i] & 255u, nested[i], window + kNested), high[i], low[i]);
+                word[i] >>= 8;
+              }
+              take_slot();
+              const uint32_t scales = window + kScales + ring.stage * kScaleBytes + id * 8;
+#pragma unroll
+              for (int i = 0; i < 2; ++i) ptx::store_8(scales + i * 512, high[i], low[i]);
+              finish_slot();
+              if (step == 0 && !lora_first) pass_lora_slots();
+            }
+            group_end += 4;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) word[i] = next_word[i], nested[i] = next_nested[i];
+          }
+        } else if (p.quick_scales) {
+          // Lane: row id of the step; the codes of its two blocks are neighbours. Four steps are on their way.
+          const int offset = id / 16 * 64 + id % 8 / 2 * 16 + id / 8 % 2 * 8 + id % 2 * 2;
+          constexpr int kAhead = 4;
+          uint32_t code[kAhead];
+          float nested[kAhead];
+          const auto load = [&](int step, uint32_t& to, float& to_nested) {
+            const int row = min(step * kStep + id, static_cast<int>(matrix.n) - 1);
+            const uint32_t block = row * (units_32 / 2) + tile.row0 / 64;
+            to = __ldg(reinterpret_cast<const uint16_t*>(matrix.absmax_codes + block));
+            to_nested = __ldg(matrix.nested_absmax + (block >> 8));
+          };
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i) load(first_step + i, code[i], nested[i]);
+          const int end = first_step + steps;
+          for (int step0 = first_step; step0 < end; step0 += kAhead) {
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+              const int step = step0 + i;
+              if (step >= end) break;
+              const bool inside = step * kStep + id < matrix.n;
+              uint32_t high[2], low[2];
+#pragma unroll
+              for (int set = 0; set < 2; ++set) {
+                const float scale = reader.combine(code[i] >> 8 * set & 255u, nested[i], window + kNested);
+                split_scale<T>(inside ? scale : 0.0f, high[set], low[set]);
+              }
+              load(step + kAhead, code[i], nested[i]);
+              take_slot();
+              const uint32_t scales = window + kScales + ring.stage * kScaleBytes + offset;
+#pragma unroll
+              for (int set = 0; set < 2; ++set) {
+                ptx::store_2(scales + set * 256, static_cast<uint16_t>(high[set]));
+                ptx::store_2(scales + set * 256 + 4, static_cast<uint16_t>(low[set]));
+              }
+              finish_slot();
+              if (step == first_step && !lora_first) pass_lora_slots();
+            }
+          }
+        } else if constexpr (kForward) {
           // Lane: rows id and id + 64 of the tile.
           AbsmaxStream stream[2];
           uint32_t position[2];
@@ -301,10 +393,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
               s.word[1] = s.word[2], s.nested[1] = s.nested[2];
               reader.fetch(index + 2, s.word[2], s.nested[2]);
             }
-            T high, low;
-            split_scale<T>(reader.finish(s.word[0], s.nested[0], block, window + kNested), high, low);
-            high_pair = pack_pair<T>(to_float(high), to_float(high));
-            low_pair = pack_pair<T>(to_float(low), to_float(low));
+            split_scale<T>(reader.finish(s.word[0], s.nested[0], block, window + kNested), high_pair, low_pair);
           };
           for (int step = 0; step < steps; ++step) {
             uint32_t high[2], low[2];
@@ -346,7 +435,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
           };
           load(first_step);
           for (int step = first_step; step < first_step + steps; ++step) {
-            T high[4], low[4];
+            uint32_t high[4], low[4];
 #pragma unroll
             for (int set = 0; set < 4; ++set) {
               if (set >= sets) break;
@@ -359,8 +448,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
 #pragma unroll
             for (int set = 0; set < 4; ++set) {
               if (set >= sets) break;
-              ptx::store_2(scales + set * 256, *reinterpret_cast<const uint16_t*>(&high[set]));
-              ptx::store_2(scales + set * 256 + 4, *reinterpret_cast<const uint16_t*>(&low[set]));
+              ptx::store_2(scales + set * 256, static_cast<uint16_t>(high[set]));
+              ptx::store_2(scales + set * 256 + 4, static_cast<uint16_t>(low[set]));
             }
             finish_slot();
             if (step == first_step && !lora_first) pass_lora_slots();
@@ -373,7 +462,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     return;
   }
 
-  ptx::take_registers<224>();
+  ptx::take_registers<216>();
   // The first nibble of a byte is the even weight. Eight threads write an entry, 16 bytes each.
   for (int i = threadIdx.x; i < 256 * 8; i += kConsumers) {
     const int byte = i / 8;
@@ -788,6 +877,7 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   p.lora_steps = static_cast<int>(ceil_div(rank, kStep));
   p.vector_codes = matrix.double_quantized() && matrix.blocks() % 4 == 0 &&
                    reinterpret_cast<uintptr_t>(matrix.absmax_codes) % 4 == 0;
+  p.quick_scales = p.vector_codes && matrix.blocksize == 64 && matrix.k % (kForward ? 256 : 128) == 0;
 
   const auto kernel = linear_wgmma_kernel<T, kDirection, kTokens>;
   allow_shared_memory(reinterpret_cast<const void*>(kernel), "linear_wgmma", kSharedBytes);
