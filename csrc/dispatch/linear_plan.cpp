@@ -130,20 +130,33 @@ bool wgmma_legal(const LinearProblem& p) {
 constexpr double kClusterShare[9] = {0.0,         1.0,         1.0,         117 / 132.0, 120 / 132.0,
                                      110 / 132.0, 102 / 132.0, 105 / 132.0, 120 / 132.0};
 
+// Blocks of a cluster exchange sums by eights of tokens, for 32 of which there is room.
+bool wgmma_can_split(int tokens, int64_t split) { return split * ceil_div(tokens / 8, split) <= 32; }
+
 LinearPlan wgmma_plan(const LinearProblem& p, int tokens, int split) {
   LinearPlan plan{LinearKernel::kWgmma, tokens, 128, 64, split, 0.0};
   const int64_t tiles = ceil_div(p.m, tokens) * ceil_div(p.columns(), 128);
-  const double clusters = std::max(1.0, std::floor(p.sm_count * kClusterShare[split] / split));
-  const double waves = std::ceil(static_cast<double>(tiles) / clusters);
-  const double steps = static_cast<double>(ceil_div(ceil_div(p.reduction(), 64), split) + ceil_div(p.rank, 64));
-  // Measured on an H200, microseconds: a step, a tile's beginning and end, and the exchange of a split tile's parts.
-  const double step = (tokens == 256   ? 0.70
-                       : tokens == 128 ? 0.53
-                       : tokens == 64  ? 0.46
-                                       : 0.43) *
-                      (p.direction == LinearDirection::kForward ? 1.0 : 1.25);
-  const double exchange = split > 1 ? 0.3 + 0.016 * tokens : 0.0;
-  plan.microseconds = 3.5 + std::max(waves * (steps * step + 2.0 + exchange), weight_bytes(p) / kBytesPerMicrosecond);
+  const int64_t clusters = std::max<int64_t>(1, static_cast<int64_t>(p.sm_count * kClusterShare[split]) / split);
+  // Turns of whole tiles, and turns of shared ones: one behind those, or else nothing but shared ones.
+  int64_t rounds = tiles / (clusters * split), shared_rounds = 0;
+  if (split == 1) {
+    rounds = ceil_div(tiles, clusters);
+  } else {
+    if (tiles - rounds * clusters * split > clusters) rounds = 0;
+    shared_rounds = ceil_div(tiles - rounds * clusters * split, clusters);
+  }
+  const double steps = static_cast<double>(ceil_div(p.reduction(), 64)),
+               lora = static_cast<double>(ceil_div(p.rank, 64));
+  // Measured on an H100, microseconds: a step, a tile's beginning and end, and the exchange of a shared tile's parts.
+  const double step = (tokens == 256   ? 0.64
+                       : tokens == 128 ? 0.35
+                       : tokens == 64  ? 0.25
+                                       : 0.22) *
+                      (p.direction == LinearDirection::kForward ? 1.0 : 1.08);
+  const double tile = 1.0 + 0.004 * tokens, exchange = 1.5 + 0.012 * tokens;
+  const double work = rounds * ((steps + lora) * step + tile) +
+                      shared_rounds * ((std::ceil(steps / split) + lora) * step + tile + exchange);
+  plan.microseconds = 2.5 + std::max(work, weight_bytes(p) / kBytesPerMicrosecond);
   // Sharing halves what blocks read and couples their pace: of use where all run together from beginning to end.
   plan.share = split == 1 && tokens == 256 && p.columns() > 128 && tiles <= p.sm_count;
   return plan;
@@ -174,7 +187,9 @@ std::vector<LinearPlan> candidates(const LinearProblem& p) {
     for (int tokens : {32, 64, 128, 256}) {
       // Every part of a split tile has at least one step, and eight tokens to add up.
       const int64_t parts = std::min<int64_t>(tokens / 8, ceil_div(p.reduction(), 64));
-      for (int split = 1; split <= std::min<int64_t>(parts, 8); ++split) plans.push_back(wgmma_plan(p, tokens, split));
+      for (int split = 1; split <= std::min<int64_t>(parts, 8); ++split) {
+        if (wgmma_can_split(tokens, split)) plans.push_back(wgmma_plan(p, tokens, split));
+      }
     }
   }
   if (p.dtype != DType::kFloat32 && p.arch >= 80) {
@@ -188,7 +203,8 @@ std::vector<LinearPlan> candidates(const LinearProblem& p) {
   return plans;
 }
 
-// A plan as PYQUANT_KERNEL asks for it: a kernel's name, and behind colons tile_m and split where they are to be forced.
+// A plan as PYQUANT_KERNEL asks for it: a kernel's name, and behind colons tile_m and split where they are to be
+// forced.
 bool asked_for(const LinearPlan& plan, const char* forced) {
   const std::string kernel = name_of(plan.kernel), tile = kernel + ':' + std::to_string(plan.tile_m);
   return forced == kernel || forced == tile || forced == tile + ':' + std::to_string(plan.split);

@@ -43,6 +43,23 @@ __device__ inline uint32_t cluster_size() {
   return size;
 }
 
+// The cluster's number in the grid, and how many there are, along x.
+__device__ inline int cluster_id() {
+  int id = static_cast<int>(blockIdx.x);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(id));
+#endif
+  return id;
+}
+
+__device__ inline int clusters() {
+  int count = static_cast<int>(gridDim.x);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+#endif
+  return count;
+}
+
 // A barrier for all threads of the cluster in two halves: what was written before arrive_cluster, also to other blocks'
 // shared memory, is visible after wait_cluster. Each warp calls both with all its lanes.
 __device__ inline void arrive_cluster() {

@@ -4,10 +4,12 @@
 // activations and packed weights to shared memory through the tensor memory accelerator, two warps decode absmax there,
 // and two warpgroups of consumers have 64 rows each: while the tensor cores multiply one step of 64 along the
 // reduction, the same threads decode the next one's weights straight into the registers of the left operand. Decoded
-// weights are never stored. Blocks are persistent; pairs of them (clusters) share the activations they copy, and where
-// the tiles do not fill the GPU a cluster shares a tile and adds its parts through distributed shared memory.
+// weights are never stored. Blocks are persistent; pairs of them (clusters) share the activations they copy. Tiles that
+// do not fill the GPU, be it all of them or those of a last wave, are shared by the blocks of a cluster, which add
+// their parts of the reduction through distributed shared memory.
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 #include <type_traits>
 
 #include "kernels/cuda/dropout.h"
@@ -29,33 +31,43 @@ constexpr int kConsumers = 256;  // threads: two warpgroups
 constexpr int kThreads = kConsumers + 128;
 [[maybe_unused]] constexpr int kScaleWarps = 2;
 constexpr int kPackedBytes = kTileW * kStep / 2;  // of W, a step
-constexpr int kScaleBytes = 2048;                 // decoded absmax, a step
+constexpr int kScaleBytes = 1024;                 // decoded absmax, a step
 constexpr int kGroup = 8;                         // tiles of tokens that run side by side
 
 // Shared memory by address. Decoded pairs: entry b of the table, 128 bytes, holds the weights of byte b once for every
-// lane, so that no look-up has a bank conflict. Activations, and packed weights behind them, lie in kSlots.
+// lane, so that no look-up has a bank conflict. Two rings: the activations of a step, and its weights with their
+// absmax, which are decoded well before they are multiplied.
 constexpr int kBase = 1024;  // the driver keeps the first KB
-constexpr int kBarriers = kBase;
-constexpr int kNested = kBarriers + 512;
-constexpr int kScales = kNested + 1024;
+constexpr int kScales = kBase;
 constexpr int kTable = 0x8000;
 constexpr int kSlots = 0x10000;
 constexpr int kGather = 0x30000;  // rows of the output: of each warpgroup two buffers
 constexpr int kGatherTokens = 64;
 constexpr int kGatherBytes = kGatherTokens * 128;
-constexpr int kSharedBytes = kGather + 4 * kGatherBytes - kBase;
+constexpr int kNested = kGather + 4 * kGatherBytes;
+constexpr int kBarriers = kNested + 1024;
+constexpr int kWorks = kBarriers + 512;  // of the last kWorksKept turns
+constexpr int kWorksKept = 16;           // more than the producer of activations runs ahead
+constexpr int kSharedBytes = kWorks + kWorksKept * 16 - kBase;
+constexpr int kPartBytes = kConsumers * 16;  // of a tile's sums: eight tokens of one block
 
 template <int kTokens>
 struct Layout {
-  static constexpr int kStages = kTokens == 256 ? 4 : kTokens == 128 ? 6 : 10;
-  static constexpr int kSlot = kTokens * kStep * 2;
-  static constexpr int kPacked = kTokens == 256 ? kScales + kStages * kScaleBytes : kSlots + kStages * kSlot;
-  static constexpr int kFull = kBarriers, kEmpty = kBarriers + 8 * kStages;
-  static_assert(kPacked % 512 == 0 && kScales + kStages * kScaleBytes <= kTable);
-  static_assert(kPacked + kStages * kPackedBytes <= (kTokens == 256 ? kTable : kGather));
-  // Where the parts of a split reduction are exchanged.
+  static constexpr int kStages = kTokens == 256 ? 4 : kTokens == 128 ? 6 : 10;  // of activations
+  static constexpr int kSlotBytes = kTokens * kStep * 2;
+  static constexpr int kRing = kTokens == 256 ? 6 : 8;  // of weights
+  static constexpr int kPacked = kTokens == 256 ? kScales + kRing * kScaleBytes : kSlots + kStages * kSlotBytes;
+  static_assert(kPacked % 512 == 0 && kScales + kRing * kScaleBytes <= kTable);
+  static_assert(kPacked + kRing * kPackedBytes <= (kTokens == 256 ? kTable : kGather));
+  // Barriers: of the two rings, full and empty, and of the exchange. Behind the empty slots of activations is one for
+  // "no slot".
+  static constexpr int kFull = kBarriers, kEmpty = kFull + 8 * kStages, kFullW = kEmpty + 8 * (kStages + 1),
+                       kEmptyW = kFullW + 8 * kRing, kReceived = kEmptyW + 8 * kRing;
+  static_assert(kReceived + 8 <= kBarriers + 512);
+  // Where the parts of a split reduction are exchanged: of every eight tokens, 4 KB from each block of the cluster.
   static constexpr int kExchange = kSlots;
-  static_assert(kExchange + kTokens * 512 <= kGather);
+  static constexpr int exchange_bytes(int split) { return split * ((kTokens / 8 + split - 1) / split) * kPartBytes; }
+  static constexpr bool can_split(int split) { return kExchange + exchange_bytes(split) <= kGather; }
 };
 
 struct Parameters {
@@ -70,16 +82,18 @@ struct Parameters {
   int m, columns, steps;
   int rank, lora_steps;
   int tiles_m, tiles_w;  // tiles_w counts pairs where blocks share activations
-  int split;
+  // The first `whole` units are done by single blocks (pairs, where they share activations), in `rounds` turns;
+  // clusters of `split` blocks do one more each, where there is one.
+  int whole, rounds, split;
   bool share;
-  bool vector_codes;
-  bool quick_scales;  // blocks of 64, double quantization, codes in whole words
+  bool runs_on;  // every tile, or part of one, has two steps or more
+  bool quick;    // blocks of 64, double quantization, codes in whole words
 };
 
+template <int kStages>
 struct Ring {
   int stage = 0;
   uint32_t phase = 0;
-  template <int kStages>
   __device__ void advance() {
     if (++stage == kStages) stage = 0, phase ^= 1;
   }
@@ -112,64 +126,231 @@ __device__ inline uint32_t scaled(uint32_t pair, uint32_t high, uint32_t low) {
   return result;
 }
 
-// Which tile a block works on: tokens fastest within groups of kGroup tiles of tokens.
-struct Tile {
+// What a block does in turn i of its loop: a tile, or its part of the reduction of one.
+struct Work {
   int token0, row0;
+  int first_step, steps, lora_steps;
+  bool split;
 };
-[[maybe_unused]] __device__ inline Tile tile_of(const Parameters& p, int unit, int rank, int tokens) {
+[[maybe_unused]] __device__ inline int unit_at(const Parameters& p, int i) {
+  return p.share ? ptx::cluster_id() + i * ptx::clusters() : static_cast<int>(blockIdx.x + i * gridDim.x);
+}
+[[maybe_unused]] __device__ inline int shared_unit(const Parameters& p) { return p.whole + ptx::cluster_id(); }
+// Whether there is a turn i.
+[[maybe_unused]] __device__ inline bool has_work(const Parameters& p, int i) {
+  return unit_at(p, i) < p.whole || (p.split > 1 && i == p.rounds && shared_unit(p) < p.tiles_m * p.tiles_w);
+}
+// Tiles go tokens fastest within groups of kGroup tiles of tokens.
+[[maybe_unused]] __device__ inline Work work_at(const Parameters& p, int i, int tokens) {
+  const int rank = static_cast<int>(ptx::cluster_rank());
+  Work work;
+  int unit = unit_at(p, i);
+  work.split = unit >= p.whole;
+  if (work.split) unit = shared_unit(p);
   const int group_units = kGroup * p.tiles_w;
   const int group = unit / group_units, in_group = unit % group_units;
   const int group_rows = min(kGroup, p.tiles_m - group * kGroup);
-  const int tile_m = group * kGroup + in_group % group_rows;
-  const int tile_w = in_group / group_rows;
-  return {tile_m * tokens, (p.share ? 2 * tile_w + rank : tile_w) * kTileW};
+  const int tile_m = group * kGroup + in_group % group_rows, tile_w = in_group / group_rows;
+  work.token0 = tile_m * tokens, work.row0 = (p.share ? 2 * tile_w + rank : tile_w) * kTileW;
+  const int part = work.split ? rank : 0, parts = work.split ? p.split : 1;
+  work.first_step = static_cast<int>(int64_t{p.steps} * part / parts);
+  work.steps = static_cast<int>(int64_t{p.steps} * (part + 1) / parts) - work.first_step;
+  work.lora_steps = part == 0 ? p.lora_steps : 0;
+  return work;
+}
+// The producer of activations tells consumers, whose registers are dear, through shared memory; the barrier of a tile's
+// first slot makes it visible.
+[[maybe_unused]] __device__ inline void put_work(uint32_t window, int turn, const Work& work) {
+  ptx::store_16(window + kWorks + turn % kWorksKept * 16,
+                make_uint4(work.token0, work.row0, work.steps, work.lora_steps << 1 | (work.split ? 1 : 0)));
+}
+[[maybe_unused]] __device__ inline Work get_work(uint32_t window, int turn) {
+  const uint4 v = ptx::load_16(window + kWorks + turn % kWorksKept * 16);
+  return {static_cast<int>(v.x), static_cast<int>(v.y),      0,
+          static_cast<int>(v.z), static_cast<int>(v.w >> 1), (v.w & 1) != 0};
 }
 
-// The words of absmax (or of its codes) of one row, one after the other, the next two always on their way.
-struct AbsmaxStream {
-  uint32_t word[3];
-  float nested[3];
-  uint32_t index;
+// One absmax between its loads and its arithmetic: the 8-bit code and the absmax of its block of blocks, or without
+// double quantization the absmax itself.
+struct Absmax {
+  uint32_t raw;
+  float nested;
 };
 
-struct AbsmaxReader {
-  const Weight& weight;
-  float offset, factor;
-  bool nested;
-  int codes_log2;  // codes a word
-  uint32_t last;   // block
-
-  [[maybe_unused]] __device__ void fetch(uint32_t index, uint32_t& word, float& nested_absmax) const {
-    const QuantizedMatrix& matrix = weight.matrix;
-    index = min(index, last >> codes_log2);
-    if (!nested) {
-      word = __float_as_uint(__ldg(matrix.absmax + index));
-      return;
-    }
-    word = codes_log2 > 0 ? __ldg(reinterpret_cast<const uint32_t*>(matrix.absmax_codes) + index)
-                          : __ldg(matrix.absmax_codes + index);
-    nested_absmax = __ldg(matrix.nested_absmax + (index << codes_log2 >> 8));
-  }
-
-  [[maybe_unused]] __device__ float finish(uint32_t word, float nested_absmax, uint32_t block,
-                                           uint32_t nested_code) const {
-    if (!nested) return __uint_as_float(word) * factor;
-    const uint32_t code = codes_log2 > 0 ? word >> 8 * (block & 3) & 255u : word;
-    return combine(code, nested_absmax, nested_code);
-  }
-
-  // Absmax times `factor`, which the table of nested codes and the offset carry.
-  [[maybe_unused]] __device__ float combine(uint32_t code, float nested_absmax, uint32_t nested_code) const {
-    return __fmaf_rn(__uint_as_float(ptx::load_4(nested_code + 4 * code)), nested_absmax, offset);
-  }
-};
-
-// The two numbers whose sum `scaled` takes, each twice in a register.
+// The two numbers whose sum `scaled` takes, the higher one in the lower half.
 template <typename T>
-__device__ inline void split_scale(float scale, uint32_t& high, uint32_t& low) {
-  high = pack_pair<T>(scale, scale);
-  const float rest = scale - unpack_pair<T>(high).x;
-  low = pack_pair<T>(rest, rest);
+__device__ inline uint32_t split_scale(float scale) {
+  const T high = from_float<T>(scale);
+  return pack_pair<T>(to_float(high), scale - to_float(high));
+}
+
+// The part of the two warps that decode absmax, from `work` on. A thread has two values a step. Forward: of rows id and
+// id + 64 of the tile; dX: of row id of the step, for the two halves of the tile's columns.
+template <typename T, LinearDirection kDirection, int kTokens>
+__device__ inline void decode_absmax(const Parameters& p, uint32_t window, Work& work) {
+  using L = Layout<kTokens>;
+  constexpr bool kForward = kDirection == LinearDirection::kForward;
+  const int id = threadIdx.x - kConsumers - 32;
+  const QuantizedMatrix& matrix = p.weight.matrix;
+  const bool nested = matrix.double_quantized();
+  const int shift = p.weight.blocksize_log2 - 5;
+  const uint32_t units_32 = static_cast<uint32_t>(matrix.k / 32);  // a row
+  const uint32_t last_block = static_cast<uint32_t>(matrix.blocks() - 1);
+
+  // Loads run ahead of their use. Where p.quick allows it, one brings what would take several: forward the codes of
+  // four steps, dX those of both halves.
+  constexpr int kAhead = 4;
+  Absmax ahead[kAhead][2];
+  uint32_t position[2];  // in units of 32 weights, of the next to load
+  // Beyond the end of the weight the last block is loaded: what it is multiplied with is zero or leaves the output.
+  const auto fetch = [&](uint32_t at) {
+    const uint32_t block = min(at >> shift, last_block);
+    if (!nested) return Absmax{__float_as_uint(__ldg(matrix.absmax + block)), 0.0f};
+    return Absmax{__ldg(matrix.absmax_codes + block), __ldg(matrix.nested_absmax + (block >> 8))};
+  };
+  const uint32_t stride = kForward ? (p.quick ? 8 : 2) : kStep * units_32;
+  const auto fetch_step = [&](Absmax(&to)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!p.quick) {
+        to[i] = fetch(position[i]);
+      } else if (kForward || i == 0) {
+        const uint32_t block = min(position[i] >> 1, last_block & ~(kForward ? 3u : 1u));
+        const unsigned char* codes = matrix.absmax_codes + block;
+        to[i].raw = kForward ? __ldg(reinterpret_cast<const uint32_t*>(codes))
+                             : __ldg(reinterpret_cast<const uint16_t*>(codes));
+        to[i].nested = __ldg(matrix.nested_absmax + (block >> 8));
+      }
+      position[i] += stride;
+    }
+  };
+  const auto fetch_first = [&] {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      position[i] = kForward ? (work.row0 + id + 64 * i) * units_32 + 2 * work.first_step
+                             : (work.first_step * kStep + id) * units_32 + work.row0 / 32 + 2 * i;
+      if (kForward && p.quick) position[i] &= ~7u;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (kForward && p.quick && i >= 2) break;
+      fetch_step(ahead[i]);
+    }
+  };
+  fetch_first();
+
+  // The table of nested codes and the offset carry the factor by which absmax is divided.
+  const float factor = 1.0f / p.table_scale;
+  float offset = 0.0f;
+  if (nested) {
+    constexpr int kCodes = 256 / (32 * kScaleWarps);
+    float code[kCodes];
+#pragma unroll
+    for (int i = 0; i < kCodes; ++i) code[i] = __ldg(matrix.nested_code + id + i * 32 * kScaleWarps);
+    offset = __ldg(matrix.offset) * factor;
+#pragma unroll
+    for (int i = 0; i < kCodes; ++i) {
+      ptx::store_4(window + kNested + 4 * (id + i * 32 * kScaleWarps), __float_as_uint(code[i] * factor));
+    }
+  }
+  sync_threads<4>(32 * kScaleWarps);
+  const auto decode = [&](Absmax absmax) {
+    const float value =
+        nested ? __fmaf_rn(__uint_as_float(ptx::load_4(window + kNested + 4 * absmax.raw)), absmax.nested, offset)
+               : __uint_as_float(absmax.raw) * factor;
+    return split_scale<T>(value);
+  };
+
+  // Where a lane of the consumers finds the values. Forward: by row, of the first 32 of a step and of the second. dX:
+  // its operand's pairs of neighbouring rows, the high halves and behind them the low ones, for 64 or 32 columns.
+  Ring<L::kRing> ring;
+  const int place = kForward ? id * 8 : id / 16 * 64 + id % 8 / 2 * 16 + id / 8 % 2 * 8 + id % 2 * 2;
+  const auto give_step = [&](const uint32_t (&first)[2]) {
+    uint32_t second[2] = {first[0], first[1]};
+    if (shift == 0) {
+      // Blocks of 32: of 64 weights, the second block's value is decoded as it is loaded.
+#pragma unroll
+      for (int i = 0; i < 2; ++i) second[i] = decode(fetch(position[i] - (kAhead + 1) * stride + 1));
+    }
+    ptx::wait_barrier(window + L::kEmptyW + 8 * ring.stage, ring.phase ^ 1);
+    const uint32_t to = window + kScales + ring.stage * kScaleBytes + place;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (kForward) {
+        ptx::store_8(to + i * 512, first[i], second[i]);
+      } else {
+        const uint32_t set = to + (shift == 0 ? 2 * i : i) * 256;
+        ptx::store_2(set, static_cast<uint16_t>(first[i]));
+        ptx::store_2(set + 4, static_cast<uint16_t>(first[i] >> 16));
+        if (shift == 0) {
+          ptx::store_2(set + 256, static_cast<uint16_t>(second[i]));
+          ptx::store_2(set + 256 + 4, static_cast<uint16_t>(second[i] >> 16));
+        }
+      }
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::arrive(window + L::kFullW + 8 * ring.stage);
+    ring.advance();
+  };
+  for (int turn = 0;;) {
+    uint32_t value[2];
+    if (p.quick && kForward) {
+      int in_group = work.first_step % 4;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) ahead[0][i].raw >>= 8 * in_group;
+      for (int step = 0; step < work.steps; in_group = 0) {
+        const int end = min(work.steps, step + 4 - in_group);
+#pragma unroll 1
+        for (; step < end; ++step) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            value[i] = decode(Absmax{ahead[0][i].raw & 255u, ahead[0][i].nested});
+            ahead[0][i].raw >>= 8;
+          }
+          give_step(value);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) ahead[0][i] = ahead[1][i];
+        fetch_step(ahead[1]);
+      }
+    } else {
+      for (int step0 = 0; step0 < work.steps; step0 += kAhead) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          if (step0 + i >= work.steps) break;
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            value[j] = decode(p.quick ? Absmax{ahead[i][0].raw >> 8 * j & 255u, ahead[i][0].nested} : ahead[i][j]);
+          }
+          fetch_step(ahead[i]);
+          give_step(value);
+        }
+      }
+    }
+    if (!has_work(p, ++turn)) break;
+    work = work_at(p, turn, kTokens);
+    fetch_first();
+  }
+}
+
+// Which part of a tile a thread of the consumers has. Asked for anew wherever it is needed, so that it takes no
+// registers while products run.
+struct Consumer {
+  int group, w, lane, g, t;  // warpgroup, warp of it, lane, and its quad and place there
+  // The lane's two rows of the left operand. Forward: rows 2 g and 2 g + 1 of the warp's 16 of W, in an order that
+  // spreads the reads over the banks. dX: two neighbouring columns, as a packed byte has them; two warps share 32.
+  int flip, column;
+};
+template <bool kForward>
+__device__ inline Consumer this_consumer() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  Consumer c;
+  c.group = thread / 128, c.w = thread / 32 % 4, c.lane = thread % 32;
+  c.g = c.lane / 4, c.t = c.lane % 4;
+  c.flip = kForward ? c.g >> 2 : 0;
+  c.column = 64 * c.group + (kForward ? 16 * c.w + 2 * c.g : 32 * (c.w / 2) + 2 * (c.w & 1) + 4 * c.g);
+  return c;
 }
 
 template <typename T, LinearDirection kDirection, int kTokens>
@@ -177,355 +358,168 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using L = Layout<kTokens>;
   constexpr bool kForward = kDirection == LinearDirection::kForward;
-  constexpr int kStages = L::kStages;
   extern __shared__ __align__(1024) unsigned char dynamic_shared[];
   // In a cluster, addresses carry the block's rank above their lower 24 bits.
   const uint32_t window = ptx::shared_address(dynamic_shared) - kBase;
   if ((window & 0xFFFFFFu) != 0) __trap();
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // Parameters come through a cold cache, line by line, and an instruction that needs one waits: all lines at once.
+  asm volatile(
+      "" ::"r"(reinterpret_cast<const int*>(&p)[min(warp * 16, static_cast<int>(sizeof(Parameters) / 4) - 1)]));
+
   const int rank = static_cast<int>(ptx::cluster_rank());
-  const int cluster = p.share ? 2 : p.split;
-  const int part = p.split > 1 ? rank : 0;
-  const int first_step = static_cast<int>(int64_t{p.steps} * part / p.split);
-  const int steps = static_cast<int>(int64_t{p.steps} * (part + 1) / p.split) - first_step;
-  const int lora_steps = part == 0 ? p.lora_steps : 0;
-  // The order of the slots of a tile. One low-rank step comes second, so that the first step of W can be decoded behind
-  // the tile before; but more of them between two steps of W would fill the ring.
-  const bool lora_first = lora_steps > 1;
-  const int units = p.tiles_m * p.tiles_w;
-  const int unit0 = blockIdx.x / cluster, unit_stride = gridDim.x / cluster;
   const auto full = [window](int stage) { return window + L::kFull + 8 * stage; };
   const auto empty = [window](int stage) { return window + L::kEmpty + 8 * stage; };
-  const auto slot_at = [window](int stage) { return window + kSlots + stage * L::kSlot; };
-
+  const auto full_w = [window](int stage) { return window + L::kFullW + 8 * stage; };
+  const auto empty_w = [window](int stage) { return window + L::kEmptyW + 8 * stage; };
+  const auto slot_at = [window](int stage) { return window + kSlots + stage * L::kSlotBytes; };
   if (threadIdx.x == kConsumers) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      ptx::init_barrier(full(stage), 1 + kScaleWarps);
+    for (int stage = 0; stage < L::kStages; ++stage) {
+      ptx::init_barrier(full(stage), 1);
       ptx::init_barrier(empty(stage), p.share ? 16 : 8);
     }
-    ptx::init_barrier(empty(kStages), 1);
+    ptx::init_barrier(empty(L::kStages), 1);
+    for (int stage = 0; stage < L::kRing; ++stage) {
+      ptx::init_barrier(full_w(stage), 1 + kScaleWarps);
+      ptx::init_barrier(empty_w(stage), 8);
+    }
+    ptx::init_barrier(window + L::kReceived, 1);
     ptx::fence_barrier_init();
-    ptx::prefetch_tensor_map(&p.input);
+  } else if (threadIdx.x == kThreads - 32) {
     ptx::prefetch_tensor_map(&p.packed);
+    ptx::prefetch_tensor_map(&p.input);
   }
   __syncthreads();
-  if (p.share) ptx::arrive_cluster(), ptx::wait_cluster();
-  ptx::wait_for_previous_kernel();
-  ptx::let_next_kernel_start();
+  if (p.share) ptx::arrive_cluster_relaxed(), ptx::wait_cluster();
 
   if (warp >= kConsumers / 32) {
-    ptx::give_registers<72>();
-    Ring ring;
+    ptx::give_registers<56>();
+    Work work = work_at(p, 0, kTokens);  // there is one
     if (warp == kConsumers / 32) {
+      // Activations, perhaps the previous kernel's. The low-rank steps of a tile come first.
+      ptx::wait_for_previous_kernel();
+      ptx::let_next_kernel_start();
       if (lane == 0) {
-        const uint32_t slot_bytes = kTokens * kStep * 2;
-        for (int unit = unit0; unit < units; unit += unit_stride) {
-          const Tile tile = tile_of(p, unit, rank, kTokens);
-          const auto copy_lora = [&] {
-#pragma unroll 1
-            for (int i = 0; i < lora_steps; ++i) {
-              ptx::wait_barrier(empty(ring.stage), ring.phase ^ 1);
-              ptx::expect_bytes(full(ring.stage), slot_bytes);
-              ptx::copy_tile(slot_at(ring.stage), &p.left, i * kStep, tile.token0, full(ring.stage));
-              ring.advance<kStages>();
-            }
-          };
-          if (lora_first) copy_lora();
-          for (int step = first_step; step < first_step + steps; ++step) {
-            ptx::wait_barrier(empty(ring.stage), ring.phase ^ 1);
+        Ring<L::kStages> ring;
+        for (int turn = 0;;) {
+          put_work(window, turn, work);
+          for (int i = -work.lora_steps; i < work.steps; ++i) {
             const uint32_t slot = slot_at(ring.stage), barrier = full(ring.stage);
-            const uint32_t packed = window + L::kPacked + ring.stage * kPackedBytes;
-            ptx::expect_bytes(barrier, slot_bytes + kPackedBytes);
-            if (p.share) {
-              ptx::copy_tile_to_ranks(slot + rank * (slot_bytes / 2), &p.input, step * kStep,
-                                      tile.token0 + rank * (kTokens / 2), barrier, 3);
+            ptx::wait_barrier(empty(ring.stage), ring.phase ^ 1);
+            ptx::expect_bytes(barrier, L::kSlotBytes);
+            const int step = work.first_step + i;
+            if (i < 0) {
+              ptx::copy_tile(slot, &p.left, (i + work.lora_steps) * kStep, work.token0, barrier);
+            } else if (p.share) {
+              ptx::copy_tile_to_ranks(slot + rank * (L::kSlotBytes / 2), &p.input, step * kStep,
+                                      work.token0 + rank * (kTokens / 2), barrier, 3);
             } else {
-              ptx::copy_tile(slot, &p.input, step * kStep, tile.token0, barrier);
+              ptx::copy_tile(slot, &p.input, step * kStep, work.token0, barrier);
             }
-            if (kForward) {
-              ptx::copy_tile(packed, &p.packed, step * (kStep / 2), tile.row0, barrier);
-            } else {
-              ptx::copy_tile(packed, &p.packed, tile.row0 / 2, step * kStep, barrier);
-            }
-            ring.advance<kStages>();
-            if (step == first_step && !lora_first) copy_lora();
+            ring.advance();
           }
+          if (!has_work(p, ++turn)) break;
+          work = work_at(p, turn, kTokens);
         }
       }
       __syncwarp();
-    } else if (warp <= kConsumers / 32 + kScaleWarps) {
-      const int id = threadIdx.x - kConsumers - 32;
-      const QuantizedMatrix& matrix = p.weight.matrix;
-      const float factor = 1.0f / p.table_scale;
-      if (matrix.double_quantized()) {
-        for (int i = id; i < 256; i += 32 * kScaleWarps) {
-          ptx::store_4(window + kNested + 4 * i, __float_as_uint(__ldg(matrix.nested_code + i) * factor));
-        }
-        sync_threads<4>(32 * kScaleWarps);
-      }
-      const int shift = p.weight.blocksize_log2 - 5;
-      const uint32_t units_32 = static_cast<uint32_t>(matrix.k / 32);  // a row
-      const AbsmaxReader reader{p.weight,
-                                load_offset(p.weight) * factor,
-                                factor,
-                                matrix.double_quantized(),
-                                p.vector_codes ? 2 : 0,
-                                static_cast<uint32_t>(matrix.blocks() - 1)};
-      const auto take_slot = [&] { ptx::wait_barrier(empty(ring.stage), ring.phase ^ 1); };
-      const auto finish_slot = [&] {
-        __syncwarp();
-        if (lane == 0) ptx::arrive(full(ring.stage));
-        ring.advance<kStages>();
-      };
-      const auto pass_lora_slots = [&] {
-#pragma unroll 1
-        for (int i = 0; i < lora_steps; ++i) {
-          take_slot();
-          finish_slot();
-        }
-      };
-      for (int unit = unit0; unit < units; unit += unit_stride) {
-        const Tile tile = tile_of(p, unit, rank, kTokens);
-        if (lora_first) pass_lora_slots();
-        if (p.quick_scales && kForward) {
-          // Lane: rows id and id + 64 of the tile; a word holds the codes of four steps.
-          const uint32_t* codes = reinterpret_cast<const uint32_t*>(matrix.absmax_codes);
-          const uint32_t last = reader.last >> 2;
-          uint32_t index[2], word[2];
-          float nested[2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int row = tile.row0 + id + 64 * i;
-            index[i] = (row < matrix.n ? row : 0) * (units_32 / 8) + first_step / 4;
-            word[i] = __ldg(codes + index[i]) >> first_step % 4 * 8;
-            nested[i] = __ldg(matrix.nested_absmax + (index[i] >> 6));
+    } else if (warp == kConsumers / 32 + 3) {
+      // Weights, which no kernel that lets this one start early writes.
+      if (lane == 0) {
+        Ring<L::kRing> ring;
+        for (int turn = 0;;) {
+          for (int step = work.first_step; step < work.first_step + work.steps; ++step) {
+            const uint32_t packed = window + L::kPacked + ring.stage * kPackedBytes;
+            ptx::wait_barrier(empty_w(ring.stage), ring.phase ^ 1);
+            ptx::expect_bytes(full_w(ring.stage), kPackedBytes);
+            if (kForward) {
+              ptx::copy_tile(packed, &p.packed, step * (kStep / 2), work.row0, full_w(ring.stage));
+            } else {
+              ptx::copy_tile(packed, &p.packed, work.row0 / 2, step * kStep, full_w(ring.stage));
+            }
+            ring.advance();
           }
-          int group_end = 4 - first_step % 4;
-          for (int step = 0; step < steps;) {
-            // The next four steps' words are on their way during these.
-            uint32_t next_word[2];
-            float next_nested[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              index[i] = min(index[i] + 1, last);
-              next_word[i] = __ldg(codes + index[i]);
-              next_nested[i] = __ldg(matrix.nested_absmax + (index[i] >> 6));
-            }
-#pragma unroll 1
-            for (; step < min(group_end, steps); ++step) {
-              uint32_t high[2], low[2];
-#pragma unroll
-              for (int i = 0; i < 2; ++i) {
-                split_scale<T>(reader.combine(word[i] & 255u, nested[i], window + kNested), high[i], low[i]);
-                word[i] >>= 8;
-              }
-              take_slot();
-              const uint32_t scales = window + kScales + ring.stage * kScaleBytes + id * 8;
-#pragma unroll
-              for (int i = 0; i < 2; ++i) ptx::store_8(scales + i * 512, high[i], low[i]);
-              finish_slot();
-              if (step == 0 && !lora_first) pass_lora_slots();
-            }
-            group_end += 4;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) word[i] = next_word[i], nested[i] = next_nested[i];
-          }
-        } else if (p.quick_scales) {
-          // Lane: row id of the step; the codes of its two blocks are neighbours. Four steps are on their way.
-          const int offset = id / 16 * 64 + id % 8 / 2 * 16 + id / 8 % 2 * 8 + id % 2 * 2;
-          constexpr int kAhead = 4;
-          uint32_t code[kAhead];
-          float nested[kAhead];
-          const auto load = [&](int step, uint32_t& to, float& to_nested) {
-            const int row = min(step * kStep + id, static_cast<int>(matrix.n) - 1);
-            const uint32_t block = row * (units_32 / 2) + tile.row0 / 64;
-            to = __ldg(reinterpret_cast<const uint16_t*>(matrix.absmax_codes + block));
-            to_nested = __ldg(matrix.nested_absmax + (block >> 8));
-          };
-#pragma unroll
-          for (int i = 0; i < kAhead; ++i) load(first_step + i, code[i], nested[i]);
-          const int end = first_step + steps;
-          for (int step0 = first_step; step0 < end; step0 += kAhead) {
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-              const int step = step0 + i;
-              if (step >= end) break;
-              const bool inside = step * kStep + id < matrix.n;
-              uint32_t high[2], low[2];
-#pragma unroll
-              for (int set = 0; set < 2; ++set) {
-                const float scale = reader.combine(code[i] >> 8 * set & 255u, nested[i], window + kNested);
-                split_scale<T>(inside ? scale : 0.0f, high[set], low[set]);
-              }
-              load(step + kAhead, code[i], nested[i]);
-              take_slot();
-              const uint32_t scales = window + kScales + ring.stage * kScaleBytes + offset;
-#pragma unroll
-              for (int set = 0; set < 2; ++set) {
-                ptx::store_2(scales + set * 256, static_cast<uint16_t>(high[set]));
-                ptx::store_2(scales + set * 256 + 4, static_cast<uint16_t>(low[set]));
-              }
-              finish_slot();
-              if (step == first_step && !lora_first) pass_lora_slots();
-            }
-          }
-        } else if constexpr (kForward) {
-          // Lane: rows id and id + 64 of the tile.
-          AbsmaxStream stream[2];
-          uint32_t position[2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int row = tile.row0 + id + 64 * i;
-            position[i] = row < matrix.n ? row * units_32 + 2 * first_step : 0;
-            AbsmaxStream& s = stream[i];
-            s.index = position[i] >> shift >> reader.codes_log2;
-#pragma unroll
-            for (int ahead = 0; ahead < 3; ++ahead) reader.fetch(s.index + ahead, s.word[ahead], s.nested[ahead]);
-          }
-          const auto scale = [&](int i, int half, uint32_t& high_pair, uint32_t& low_pair) {
-            AbsmaxStream& s = stream[i];
-            const uint32_t block = (position[i] + half) >> shift;
-            const uint32_t index = block >> reader.codes_log2;
-            if (index != s.index) {
-              s.index = index;
-              s.word[0] = s.word[1], s.nested[0] = s.nested[1];
-              s.word[1] = s.word[2], s.nested[1] = s.nested[2];
-              reader.fetch(index + 2, s.word[2], s.nested[2]);
-            }
-            split_scale<T>(reader.finish(s.word[0], s.nested[0], block, window + kNested), high_pair, low_pair);
-          };
-          for (int step = 0; step < steps; ++step) {
-            uint32_t high[2], low[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) scale(i, 0, high[i], low[i]);
-            take_slot();
-            const uint32_t scales = window + kScales + ring.stage * kScaleBytes + id * 8;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) ptx::store_8(scales + i * 512, high[i], low[i]);
-            if (shift == 0) {
-#pragma unroll
-              for (int i = 0; i < 2; ++i) {
-                scale(i, 1, high[i], low[i]);
-                ptx::store_8(scales + 1024 + i * 512, high[i], low[i]);
-              }
-            }
-            position[0] += 2, position[1] += 2;
-            finish_slot();
-            if (step == 0 && !lora_first) pass_lora_slots();
-          }
-        } else {
-          // Lane: row id of the step; its blocks for the sets of columns that share absmax.
-          const int sets = shift == 0 ? 4 : 2;
-          const int offset = id / 16 * 64 + id % 8 / 2 * 16 + id / 8 % 2 * 8 + id % 2 * 2;
-          uint32_t word[4];
-          float nested[4];
-          uint32_t block[4];
-          bool inside;
-          const auto load = [&](int step) {
-            const int row = step * kStep + id;
-            inside = row < matrix.n;
-            const uint32_t position = (inside ? row : 0) * units_32 + tile.row0 / 32;
-#pragma unroll
-            for (int set = 0; set < 4; ++set) {
-              if (set >= sets) break;
-              block[set] = min((position + (shift == 0 ? set : 2 * set)) >> shift, reader.last);
-              reader.fetch(block[set] >> reader.codes_log2, word[set], nested[set]);
-            }
-          };
-          load(first_step);
-          for (int step = first_step; step < first_step + steps; ++step) {
-            uint32_t high[4], low[4];
-#pragma unroll
-            for (int set = 0; set < 4; ++set) {
-              if (set >= sets) break;
-              const float scale = reader.finish(word[set], nested[set], block[set], window + kNested);
-              split_scale<T>(inside ? scale : 0.0f, high[set], low[set]);
-            }
-            if (step + 1 < first_step + steps) load(step + 1);
-            take_slot();
-            const uint32_t scales = window + kScales + ring.stage * kScaleBytes + offset;
-#pragma unroll
-            for (int set = 0; set < 4; ++set) {
-              if (set >= sets) break;
-              ptx::store_2(scales + set * 256, static_cast<uint16_t>(high[set]));
-              ptx::store_2(scales + set * 256 + 4, static_cast<uint16_t>(low[set]));
-            }
-            finish_slot();
-            if (step == first_step && !lora_first) pass_lora_slots();
-          }
+          if (!has_work(p, ++turn)) break;
+          work = work_at(p, turn, kTokens);
         }
       }
+      __syncwarp();
+    } else {
+      decode_absmax<T, kDirection, kTokens>(p, window, work);
     }
-    if (p.split > 1) ptx::arrive_cluster(), ptx::wait_cluster();
-    if (cluster > 1) ptx::arrive_cluster(), ptx::wait_cluster();
+    if (p.share) ptx::arrive_cluster_relaxed(), ptx::wait_cluster();
     return;
   }
 
-  ptx::take_registers<216>();
-  // The first nibble of a byte is the even weight. Eight threads write an entry, 16 bytes each.
-  for (int i = threadIdx.x; i < 256 * 8; i += kConsumers) {
-    const int byte = i / 8;
-    const uint32_t pair =
-        pack_pair<T>(p.weight.codebook[byte >> 4] * p.table_scale, p.weight.codebook[byte & 15] * p.table_scale);
-    ptx::store_16(window + kTable + i * 16, make_uint4(pair, pair, pair, pair));
+  ptx::take_registers<224>();
+  // The first nibble of a byte is the even weight. Eight threads write an entry, 16 bytes each. A lane has one code:
+  // read by the nibble itself, the constants would come one after the other.
+  {
+    float code = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) code = lane % 16 == i ? p.weight.codebook[i] : code;
+    code *= p.table_scale;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int byte = warp * 32 + i * 4 + lane / 8;
+      const float first = __shfl_sync(0xFFFFFFFFu, code, byte >> 4), second = __shfl_sync(0xFFFFFFFFu, code, byte & 15);
+      const uint32_t pair = pack_pair<T>(first, second);
+      ptx::store_16(window + kTable + byte * 128 + lane % 8 * 16, make_uint4(pair, pair, pair, pair));
+    }
   }
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
   sync_threads<3>(kConsumers);
 
-  const int group = warp / 4, w = warp % 4;
-  const int g = lane / 4, t = lane % 4;
   float sum[kTokens / 2];
 
-  // What the lane's two rows of the left operand are. Forward: rows 2 g and 2 g + 1 of the warp's 16 of W, in an order
-  // that spreads the reads over the banks. dX: two neighbouring columns, as a packed byte has them; two warps share 32.
-  const int flip = kForward ? g >> 2 : 0;
-  const int column = kForward ? 64 * group + 16 * w + 2 * g : 64 * group + 32 * (w / 2) + 2 * (w & 1) + 4 * g;
-
   // Halves of steps, 32 along the reduction, go through a pipeline: packed words, looked-up pairs, pairs times absmax
-  // in the registers of the operand, products. While two products of one half run, the next half is decoded.
-  uint32_t operand[16], pairs[8], words[kForward ? 16 : 8], scales[kForward ? 4 : 8];
+  // in the registers of the operand, products. While the two products of half h run, half h + 1 is multiplied by its
+  // absmax, half h + 2 looked up and half h + 3 loaded, so that nobody waits for shared memory.
+  uint32_t operand[16], pairs[8], words[kForward ? 8 : 4], scales[kForward ? 4 : 8];
+  const Consumer self = this_consumer<kForward>();
   const bool blocksize_32 = p.weight.blocksize_log2 == 5;
   // Twice the address of a look-up, but for the byte, which goes to bits 8 to 15.
   const uint32_t lane_table = kept(2 * (window | kTable | lane * 4));
-  const uint32_t selector = kept(0x7604u | (kForward ? t : w & 1) << 4);
+  const uint32_t selector = kept(0x7604u | (kForward ? self.t : self.w & 1) << 4);
   const auto look_up = [&](uint32_t word, uint32_t byte_selector) {
     return ptx::load_4(__byte_perm(word, lane_table, byte_selector) >> 1);
   };
 
-  const uint32_t row_low = column + flip;   // forward
-  const uint32_t slab = 2 * group + w / 2;  // dX: of 32 columns
+  const uint32_t row_low = self.column + self.flip;   // forward
+  const uint32_t slab = 2 * self.group + self.w / 2;  // dX: of 32 columns
   const uint32_t words_at =
       kept(window + L::kPacked +
            (kForward ? row_low * 32 + (row_low >> 2 & 1) * 16 : lane * 64 + (slab ^ (lane >> 1 & 3)) * 16));
   const uint32_t scales_at =
-      kept(window + kScales + (kForward ? row_low * 8 : (blocksize_32 ? slab : group) * 256 + t * 16));
-  const uint32_t to_high = kept(flip != 0 ? -1 : 1);             // from row_low to the lane's other row
-  const uint32_t second_scales = kept(blocksize_32 ? 1024 : 0);  // forward: from a step's first half to its second
+      kept(window + kScales + (kForward ? row_low * 8 : (blocksize_32 ? slab : self.group) * 256 + self.t * 16));
+  const uint32_t to_high = kept(self.flip != 0 ? -1 : 1);  // from row_low to the lane's other row
 
-  const auto load_words = [&](uint32_t at, int half) {
+  const auto load_words = [&](int stage, int half) {
+    const uint32_t at = words_at + stage * kPackedBytes;
     if constexpr (kForward) {
       const uint4 low = ptx::load_16(at ^ 16 * half);
       const uint4 high = ptx::load_16((at ^ 16 * half) + to_high * 32);
-      uint32_t* to = words + 8 * half;
-      to[0] = low.x, to[1] = high.x, to[2] = low.y, to[3] = high.y;
-      to[4] = low.z, to[5] = high.z, to[6] = low.w, to[7] = high.w;
+      words[0] = low.x, words[1] = high.x, words[2] = low.y, words[3] = high.y;
+      words[4] = low.z, words[5] = high.z, words[6] = low.w, words[7] = high.w;
     } else {
-      uint32_t* to = words + 4 * half;
-      ptx::load_matrices_transposed(to, at + half * 2048);
+      ptx::load_matrices_transposed(words, at + half * 2048);
     }
   };
-  const auto look_up_half = [&](int half) {
+  const auto look_up_half = [&] {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      pairs[i] =
-          kForward ? look_up(words[8 * half + i], selector) : look_up(words[4 * half + i / 2], selector + i % 2 * 0x20);
+      pairs[i] = kForward ? look_up(words[i], selector) : look_up(words[i / 2], selector + i % 2 * 0x20);
     }
   };
-  const auto load_scales = [&](uint32_t at, int half) {
+  // Forward: of the lane's two rows, for both halves of a step at once. dX: of the half's rows.
+  const auto load_scales = [&](int stage, int half) {
+    const uint32_t at = scales_at + stage * kScaleBytes;
     if constexpr (kForward) {
-      if (half == 1) at += second_scales;
+      if (half == 1) return;
       const uint2 low = ptx::load_8(at), high = ptx::load_8(at + to_high * 8);
-      scales[0] = low.x, scales[1] = low.y, scales[2] = high.x, scales[3] = high.y;
+      scales[0] = low.x, scales[1] = high.x, scales[2] = low.y, scales[3] = high.y;
     } else {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -539,7 +533,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if constexpr (kForward) {
-        a[i] = scaled<T>(pairs[i], scales[i % 2 * 2], scales[i % 2 * 2 + 1]);
+        const uint32_t scale = scales[2 * half + i % 2];
+        a[i] = scaled<T>(pairs[i], __byte_perm(scale, scale, 0x1010), __byte_perm(scale, scale, 0x3232));
       } else {
         a[i] = scaled<T>(__byte_perm(pairs[i / 2 * 2], pairs[i / 2 * 2 + 1], i % 2 == 0 ? 0x5410 : 0x7632),
                          scales[i / 2 * 2], scales[i / 2 * 2 + 1]);
@@ -550,13 +545,15 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
   // The left operand of a low-rank step, straight from the dense factor.
   uint32_t factor[16];
   const auto load_factor = [&](int row0, int lora_step) {
+    const Consumer c = this_consumer<kForward>();
+    const int flip = c.flip, t = c.t;
     const auto word = [&](int row, int at, bool inside) {
       const T* pointer = static_cast<const T*>(p.factor) + int64_t{row} * (kForward ? p.rank : p.columns) + at;
       return inside ? __ldg(reinterpret_cast<const uint32_t*>(pointer)) : 0u;
     };
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int k = lora_step * kStep + i * 8 + 2 * t, outer = row0 + column;
+      const int k = lora_step * kStep + i * 8 + 2 * t, outer = row0 + c.column;
       if constexpr (kForward) {
         factor[2 * i] = word(outer + flip, k, outer + flip < p.columns && k < p.rank);
         factor[2 * i + 1] = word(outer + 1 - flip, k, outer + 1 - flip < p.columns && k < p.rank);
@@ -576,16 +573,29 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     if (releases != 0) ptx::arrive_in_rank(release_at + 8 * stage);
   };
 
-  Ring ring;                            // the next slot
-  int current = 0, previous = kStages;  // kStages: no slot, a barrier that nobody waits for
-  bool ready = false;                   // the next slot is known to be full
-  // One step, and the decoding of what follows it, of this tile or the next. Behind the very last step nothing follows,
-  // and what is decoded is never used: between products, registers may be written in straight lines of code only, or
-  // the compiler lets every product wait for the one before.
+  Ring<L::kStages> ring;          // of activations: the next slot
+  Ring<L::kRing> ring_w;          // of weights: the next slot that nobody has looked at
+  int current_w = 0, next_w = 0;  // of weights: the slots of this step and the next
+  int previous = L::kStages;      // of activations: the slot that products may still read, or "no slot"
+  bool ready = false;             // the next slot of activations is known to be full
+  const auto take_weights = [&] {
+    ptx::wait_barrier(full_w(ring_w.stage), ring_w.phase);
+    const int stage = ring_w.stage;
+    ring_w.advance();
+    return stage;
+  };
+  const auto release_weights = [&] {
+    if (lane == 0) ptx::arrive(empty_w(current_w));
+  };
+  // One step, and the decoding of what follows it, of this tile or the next. `more`: there is a step after the next.
+  // Behind the very last step nothing follows, and what is decoded is never used: between products, registers may be
+  // written in straight lines of code only, or the compiler lets every product wait for the one before.
   const auto step = [&](bool more) {
-    const uint32_t b = ptx::operand_128(slot_at(current));
-    const int upcoming = ring.stage;
-    const uint32_t next_words = words_at + upcoming * kPackedBytes, next_scales = scales_at + upcoming * kScaleBytes;
+    if (!ready) ptx::wait_barrier(full(ring.stage), ring.phase);
+    const uint32_t b = ptx::operand_128(slot_at(ring.stage));
+    const int stage = ring.stage;
+    ring.advance();
+    bool ready_w = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       ptx::fence_products();
@@ -594,44 +604,56 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
         ptx::Wgmma<T, kTokens>::add(sum, operand + 4 * chunk, b + 2 * chunk);
       }
       ptx::commit_products();
-      look_up_half(half ^ 1);
-      if (half == 0 && more && !ready) ptx::wait_barrier(full(upcoming), ring.phase);
-      load_words(next_words, half);
       ptx::wait_products<1>();
-      if (half == 0) release(previous);
       finish_half(half ^ 1);
-      load_scales(next_scales, half);
+      if (half == 0) {
+        release(previous);
+        release_weights();
+      }
+      look_up_half();
+      load_scales(next_w, half);
+      if (half == 0) {
+        load_words(next_w, 1);
+        // Asked early, so that nobody waits for the answer.
+        ready_w = ptx::test_barrier(full_w(ring_w.stage), ring_w.phase);
+        ready = ptx::test_barrier(full(ring.stage), ring.phase);
+      }
     }
-    previous = current;
+    previous = stage;
+    current_w = next_w;
+    if (more && !ready_w) ptx::wait_barrier(full_w(ring_w.stage), ring_w.phase);
+    load_words(ring_w.stage, 0);
     if (more) {
-      current = upcoming;
-      ring.advance<kStages>();
-      ready = ptx::test_barrier(full(ring.stage), ring.phase);
+      next_w = ring_w.stage;
+      ring_w.advance();
     }
   };
-  // Fills the pipeline.
-  const auto start = [&] {
-    ptx::wait_barrier(full(ring.stage), ring.phase);
-    current = ring.stage;
-    ring.advance<kStages>();
-    const uint32_t first_words = words_at + current * kPackedBytes, first_scales = scales_at + current * kScaleBytes;
-    load_words(first_words, 0);
-    load_scales(first_scales, 0);
-    load_words(first_words, 1);
-    look_up_half(0);
+  // Fills the pipeline with the first step of a tile of `steps`.
+  const auto start = [&](int steps) {
+    current_w = take_weights();
+    load_words(current_w, 0);
+    load_scales(current_w, 0);
+    look_up_half();
     finish_half(0);
-    load_scales(first_scales, 1);
+    load_words(current_w, 1);
+    look_up_half();
+    load_scales(current_w, 1);
+    if (steps > 1) {
+      next_w = take_weights();
+      load_words(next_w, 0);
+    }
   };
 
-  if (!lora_first) start();
-  if (lora_steps > 0) load_factor(tile_of(p, unit0, rank, kTokens).row0, 0);
-  for (int unit = unit0; unit < units; unit += unit_stride) {
-    const Tile tile = tile_of(p, unit, rank, kTokens);
+  Work work = work_at(p, 0, kTokens);
+  start(work.steps);
+  if (work.lora_steps > 0) load_factor(work.row0, 0);
+  for (int turn = 0;;) {
+    const bool more_work = has_work(p, turn + 1);
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) sum[i] = 0.0f;
 
-    for (int i = 0; i < lora_steps; ++i) {
-      if (i > 0) load_factor(tile.row0, i);
+    for (int i = 0; i < work.lora_steps; ++i) {
+      if (i > 0) load_factor(work.row0, i);
       ptx::wait_barrier(full(ring.stage), ring.phase);
       const uint32_t b = ptx::operand_128(slot_at(ring.stage));
       const auto multiply = [&](auto chunks) {
@@ -650,14 +672,15 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
         multiply(std::integral_constant<int, 4>{});
       }
       release(ring.stage);
-      ring.advance<kStages>();
+      ring.advance();
     }
     // Nothing is in flight here, but the compiler needs to be told outside of the loop.
     ptx::wait_products<0>();
     ptx::hold_sums(sum);
-    if (!kForward && p.dropout.active() && lora_steps > 0) {
+    if (!kForward && p.dropout.active() && work.lora_steps > 0) {
+      const Consumer c = this_consumer<kForward>();
       const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
-      const int64_t first = (int64_t{tile.token0} + 2 * t) * p.columns + tile.row0 + column;
+      const int64_t first = (int64_t{work.token0} + 2 * c.t) * p.columns + work.row0 + c.column;
       constexpr int kPairs = kTokens / 4;  // (token, two columns)
       constexpr int kWords = (kPairs + 15) / 16;
       uint32_t masks[kWords];
@@ -669,8 +692,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
           const int pair = 16 * word + i;
           const int64_t index = first + int64_t{pair / 2 * 8 + pair % 2} * p.columns;
           const Philox4 draws = philox(seed, static_cast<uint64_t>(index) / 4);
-          const uint32_t draw0 = (w & 1) != 0 ? draws.lane[2] : draws.lane[0];
-          const uint32_t draw1 = (w & 1) != 0 ? draws.lane[3] : draws.lane[1];
+          const uint32_t draw0 = (c.w & 1) != 0 ? draws.lane[2] : draws.lane[0];
+          const uint32_t draw1 = (c.w & 1) != 0 ? draws.lane[3] : draws.lane[1];
           bits |= (draw0 >= p.dropout.threshold ? 1u : 0u) << 2 * i | (draw1 >= p.dropout.threshold ? 2u : 0u) << 2 * i;
         }
         masks[word] = bits;
@@ -685,30 +708,38 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       }
     }
 
-    if (lora_first) start();
-    if (lora_steps > 0) ready = false;  // that was another slot
-    const bool last = lora_first || unit + unit_stride >= units;
-    int left = steps;
+    // The pipeline runs on into the next tile, unless tiles are of a single step.
+    const bool follows = kept(more_work && p.runs_on) != 0;
+    int left = work.steps;
+    ready = false;
     do {
-      step(left > 1 || !last);
+      step(left > 2 || follows);
     } while (--left > 0);
     ptx::wait_products<0>();
     ptx::hold_sums(sum);
     release(previous);
-    previous = kStages;
-    if (lora_steps > 0 && unit + unit_stride < units) {
-      load_factor(tile_of(p, unit + unit_stride, rank, kTokens).row0, 0);
+    previous = L::kStages;
+
+    work = get_work(window, turn++);
+    Work upcoming{};
+    if (more_work) {
+      ptx::wait_barrier(full(ring.stage), ring.phase);
+      upcoming = get_work(window, turn);
+      if (upcoming.lora_steps > 0) load_factor(upcoming.row0, 0);
     }
 
     // The output goes through shared memory, rows of 64 columns with 128-byte swizzle, kGatherTokens at a time.
+    const Consumer c = this_consumer<kForward>();
+    const int group = c.group, column = c.column, flip = c.flip, t = c.t;
+    const bool leader = c.w == 0 && c.lane == 0;
     const T* bias = static_cast<const T*>(p.bias);
     float bias_low = 0.0f, bias_high = 0.0f;
     if (bias != nullptr) {
-      const int low = tile.row0 + column + flip, high = tile.row0 + column + 1 - flip;
+      const int low = work.row0 + column + flip, high = work.row0 + column + 1 - flip;
       if (low < p.columns) bias_low = to_float(bias[low]);
       if (high < p.columns) bias_high = to_float(bias[high]);
     }
-    const int column0 = tile.row0 + 64 * group;
+    const int column0 = work.row0 + 64 * group;
     const uint32_t gather = window + kGather + group * 2 * kGatherBytes;
     const auto put = [&](uint32_t buffer, int token, float low, float high) {
       const uint32_t pair =
@@ -718,11 +749,11 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     const auto sync_group = [&] { group == 0 ? sync_threads<1>(128) : sync_threads<2>(128); };
     constexpr int kPass = kTokens < kGatherTokens ? kTokens : kGatherTokens;
 
-    if (p.split == 1 && p.vector_output) {
+    if (!work.split && p.vector_output) {
 #pragma unroll
       for (int pass = 0; pass < kTokens / kPass; ++pass) {
         const uint32_t buffer = gather + pass % 2 * kGatherBytes;
-        if (w == 0 && lane == 0) ptx::wait_stores_read<1>();  // the copy out of this buffer
+        if (leader) ptx::wait_stores_read<1>();  // the copy out of this buffer
         sync_group();
 #pragma unroll
         for (int j = 0; j < kPass / 8; ++j) {
@@ -732,15 +763,21 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
         }
         ptx::fence_async_proxy();
         sync_group();
-        if (w == 0 && lane == 0) ptx::store_tile(&p.output_map, column0, tile.token0 + pass * kPass, buffer);
+        if (leader) ptx::store_tile(&p.output_map, column0, work.token0 + pass * kPass, buffer);
       }
+      if (!more_work) break;
+      work = upcoming;
+      if (!p.runs_on) start(work.steps);
       continue;
     }
 
+    // A copy of the tile before may still be reading the buffers.
+    if (leader) ptx::wait_stores_read<0>();
     const auto write_rows = [&](int token0, int tokens) {
       sync_group();
-      const int piece = threadIdx.x % 8;
-      for (int token = threadIdx.x % 128 / 8; token < tokens; token += 16) {
+      const int thread = 32 * c.w + c.lane, piece = thread % 8;
+#pragma unroll 4
+      for (int token = thread / 8; token < tokens; token += 16) {
         const uint4 v = ptx::load_16(gather + token * 128 + (piece ^ (token & 7)) * 16);
         const int row = token0 + token, at = column0 + piece * 8;
         if (row >= p.m || at >= p.columns) continue;
@@ -756,53 +793,82 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
           }
         }
       }
-      sync_group();
     };
 
-    if (p.split == 1) {
+    if (!work.split) {
 #pragma unroll
       for (int pass = 0; pass < kTokens / kPass; ++pass) {
+        sync_group();
 #pragma unroll
         for (int j = 0; j < kPass / 8; ++j) {
           const float* v = sum + pass * (kPass / 2) + 4 * j;
           put(gather, 8 * j + 2 * t, v[0], v[2]);
           put(gather, 8 * j + 2 * t + 1, v[1], v[3]);
         }
-        write_rows(tile.token0 + pass * kPass, kPass);
+        write_rows(work.token0 + pass * kPass, kPass);
       }
     } else {
-      // Both warpgroups are done with the slots, so the parts may go there.
-      sync_threads<3>(kConsumers);
-      const uint32_t mine = window + L::kExchange + threadIdx.x * 16;
+      // Every block adds up its share of the tile's tokens, to which all send their parts. First all must be done with
+      // their slots, for that is where the parts go.
+      constexpr int kEights = kTokens / 8;
+      const int j0 = kEights * rank / p.split, count = kEights * (rank + 1) / p.split - j0;
+      const uint32_t received = window + L::kReceived;
+      if (leader && group == 0) ptx::expect_bytes(received, count * (p.split - 1) * kPartBytes);
+      ptx::arrive_cluster_relaxed(), ptx::wait_cluster();
+      // Of its eights, a thread finds the parts of all blocks one behind the other. Block b owns eights from
+      // kEights · b / split on.
+      const uint32_t mine = window + L::kExchange + (128 * group + 32 * c.w + c.lane) * 16;
+      const uint32_t stride = p.split * kPartBytes;
+      int owner = -1;
+      uint32_t to = 0, barrier = 0;
 #pragma unroll
-      for (int j = 0; j < kTokens / 8; ++j) {
-        ptx::store_16(mine + j * (kConsumers * 16),
-                      make_uint4(__float_as_uint(sum[4 * j]), __float_as_uint(sum[4 * j + 1]),
-                                 __float_as_uint(sum[4 * j + 2]), __float_as_uint(sum[4 * j + 3])));
+      for (int j = 0; j < kEights; ++j) {
+        const int owner_now = ((j + 1) * p.split - 1) / kEights;
+        if (owner_now != owner) {
+          owner = owner_now;
+          to = ptx::address_in_rank(mine + rank * kPartBytes, owner);
+          barrier = ptx::address_in_rank(received, owner);
+        }
+        if (owner == rank) {
+          ptx::store_16(to, make_uint4(__float_as_uint(sum[4 * j]), __float_as_uint(sum[4 * j + 1]),
+                                       __float_as_uint(sum[4 * j + 2]), __float_as_uint(sum[4 * j + 3])));
+        } else {
+          ptx::send_16(to, barrier, make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]));
+        }
+        to += stride;
       }
-      ptx::arrive_cluster(), ptx::wait_cluster();
-      // Of the tile's tokens this block adds up its share, the parts in their order.
-      const int j0 = kTokens / 8 * part / p.split, count = kTokens / 8 * (part + 1) / p.split - j0;
+      ptx::wait_barrier(received, 0);
+      const auto add_parts = [&](int at, auto parts) {
+        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int from = 0; from < decltype(parts)::value; ++from) {
+          if (from >= p.split) break;
+          const uint4 v = ptx::load_16(mine + at * stride + from * kPartBytes);
+          total.x += __uint_as_float(v.x), total.y += __uint_as_float(v.y);
+          total.z += __uint_as_float(v.z), total.w += __uint_as_float(v.w);
+        }
+        return total;
+      };
       for (int done = 0; done < count; done += kPass / 8) {
         const int pass = min(kPass / 8, count - done);
-        for (int j = 0; j < pass; ++j) {
-          const uint32_t at = mine + (j0 + done + j) * (kConsumers * 16);
-          float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        sync_group();
 #pragma unroll 4
-          for (int from = 0; from < p.split; ++from) {
-            const float4 v = ptx::load_from_rank(ptx::address_in_rank(at, from));
-            total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
-          }
+        for (int j = 0; j < pass; ++j) {
+          const float4 total = p.split <= 2 ? add_parts(done + j, std::integral_constant<int, 2>{})
+                                            : add_parts(done + j, std::integral_constant<int, 8>{});
           put(gather, 8 * j + 2 * t, total.x, total.z);
           put(gather, 8 * j + 2 * t + 1, total.y, total.w);
         }
-        write_rows(tile.token0 + 8 * (j0 + done), 8 * pass);
+        write_rows(work.token0 + 8 * (j0 + done), 8 * pass);
       }
     }
+    if (!more_work) break;
+    work = upcoming;
+    if (!p.runs_on) start(work.steps);
   }
-  if (w == 0 && lane == 0) ptx::wait_stores();
-  // No block of a cluster ends while another may still reach into its shared memory.
-  if (cluster > 1) __syncwarp(), ptx::arrive_cluster(), ptx::wait_cluster();
+  if (threadIdx.x % 128 == 0) ptx::wait_stores();
+  // No block of a pair ends while the other may still copy activations to it.
+  if (p.share) __syncwarp(), ptx::arrive_cluster_relaxed(), ptx::wait_cluster();
 #else
   __trap();  // the plan takes this kernel only where there is code for sm_90a
 #endif
@@ -850,6 +916,10 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   p.tiles_m = static_cast<int>(ceil_div(arguments.m, kTokens));
   p.tiles_w = static_cast<int>(ceil_div(p.columns, kTileW));
   p.split = plan.split;
+  if (!Layout<kTokens>::can_split(p.split)) {
+    throw std::invalid_argument("pyquant: linear_wgmma: " + std::to_string(p.split) +
+                                " blocks cannot share a tile of " + std::to_string(kTokens) + " rows");
+  }
   p.share = plan.split == 1 && plan.share;
   if (p.share) p.tiles_w = (p.tiles_w + 1) / 2;
   p.input = make_tensor_map(arguments.input, kElement, arguments.m, reduction, reduction * 2,
@@ -875,19 +945,31 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   p.steps = static_cast<int>(ceil_div(reduction, kStep));
   p.rank = static_cast<int>(rank);
   p.lora_steps = static_cast<int>(ceil_div(rank, kStep));
-  p.vector_codes = matrix.double_quantized() && matrix.blocks() % 4 == 0 &&
-                   reinterpret_cast<uintptr_t>(matrix.absmax_codes) % 4 == 0;
-  p.quick_scales = p.vector_codes && matrix.blocksize == 64 && matrix.k % (kForward ? 256 : 128) == 0;
+  p.runs_on = p.steps / p.split >= 2;
+  p.quick = matrix.double_quantized() && matrix.blocksize == 64 && matrix.k % (kForward ? 256 : 128) == 0 &&
+            reinterpret_cast<uintptr_t>(matrix.absmax_codes) % 4 == 0;
 
   const auto kernel = linear_wgmma_kernel<T, kDirection, kTokens>;
   allow_shared_memory(reinterpret_cast<const void*>(kernel), "linear_wgmma", kSharedBytes);
-  const unsigned cluster = p.share ? 2 : p.split;
-  const int64_t units = int64_t{p.tiles_m} * p.tiles_w;
-  const int64_t resident = p.split > 1 ? units : std::max<int64_t>(1, current_device().sm_count / cluster);
+  const int cluster = p.share ? 2 : p.split, units = p.tiles_m * p.tiles_w;
+  Launch shape{1, kThreads, kSharedBytes, stream, static_cast<unsigned>(cluster), true};
+  int clusters;
+  if (p.split == 1) {
+    p.whole = units;
+    clusters = std::min(units, std::max(1, current_device().sm_count / cluster));
+  } else {
+    // As many turns of whole tiles as fill all clusters, and one in which a cluster shares a tile. Where the rest is
+    // too much for that one, all tiles are shared, with as many clusters as there are tiles.
+    clusters = resident_clusters(reinterpret_cast<const void*>(kernel), shape);
+    p.rounds = units / (clusters * cluster);
+    if (units - p.rounds * clusters * cluster > clusters) p.rounds = 0;
+    p.whole = p.rounds * clusters * cluster;
+    if (p.rounds == 0) clusters = units;
+  }
+  shape.grid = grid_size(int64_t{clusters} * cluster, "linear_wgmma");
   const std::string problem = "of " + std::to_string(p.m) + " rows and a [" + std::to_string(matrix.n) + ", " +
                               std::to_string(matrix.k) + "] weight";
-  const unsigned grid = grid_size(std::min(units, resident) * cluster, "linear_wgmma");
-  launch_kernel("linear_wgmma", problem, Launch{grid, kThreads, kSharedBytes, stream, cluster, true}, kernel, p);
+  launch_kernel("linear_wgmma", problem, shape, kernel, p);
 }
 
 template <typename T, LinearDirection kDirection>
