@@ -86,8 +86,7 @@ struct Parameters {
   // clusters of `split` blocks do one more each, where there is one.
   int whole, rounds, split;
   bool share;
-  bool runs_on;  // every tile, or part of one, has two steps or more
-  bool quick;    // blocks of 64, double quantization, codes in whole words
+  bool quick;  // blocks of 64, double quantization, codes in whole words
 };
 
 template <int kStages>
@@ -476,15 +475,15 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
 
   // Halves of steps, 32 along the reduction, go through a pipeline: packed words, looked-up pairs, pairs times absmax
   // in the registers of the operand, products. While the two products of half h run, half h + 1 is multiplied by its
-  // absmax, half h + 2 looked up and half h + 3 loaded, so that nobody waits for shared memory.
+  // absmax and half h + 2 loaded and looked up, so that hardly anybody waits for shared memory.
   uint32_t operand[16], pairs[8], words[kForward ? 8 : 4], scales[kForward ? 4 : 8];
   const Consumer self = this_consumer<kForward>();
   const bool blocksize_32 = p.weight.blocksize_log2 == 5;
-  // Twice the address of a look-up, but for the byte, which goes to bits 8 to 15.
-  const uint32_t lane_table = kept(2 * (window | kTable | lane * 4));
-  const uint32_t selector = kept(0x7604u | (kForward ? self.t : self.w & 1) << 4);
+  // The address of a look-up is the lane's copy of entry 0 and 128 times a byte of the word: one dot product.
+  const uint32_t lane_table = kept(window | kTable | self.lane * 4);
+  const uint32_t selector = kept(128u << 8 * (kForward ? self.t : self.w & 1));
   const auto look_up = [&](uint32_t word, uint32_t byte_selector) {
-    return ptx::load_4(__byte_perm(word, lane_table, byte_selector) >> 1);
+    return ptx::load_4(__dp4a(word, byte_selector, lane_table));
   };
 
   const uint32_t row_low = self.column + self.flip;   // forward
@@ -510,7 +509,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
   const auto look_up_half = [&] {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      pairs[i] = kForward ? look_up(words[i], selector) : look_up(words[i / 2], selector + i % 2 * 0x20);
+      pairs[i] = kForward ? look_up(words[i], selector) : look_up(words[i / 2], i % 2 == 0 ? selector : selector << 16);
     }
   };
   // Forward: of the lane's two rows, for both halves of a step at once. dX: of the half's rows.
@@ -573,29 +572,20 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     if (releases != 0) ptx::arrive_in_rank(release_at + 8 * stage);
   };
 
-  Ring<L::kStages> ring;          // of activations: the next slot
-  Ring<L::kRing> ring_w;          // of weights: the next slot that nobody has looked at
-  int current_w = 0, next_w = 0;  // of weights: the slots of this step and the next
-  int previous = L::kStages;      // of activations: the slot that products may still read, or "no slot"
-  bool ready = false;             // the next slot of activations is known to be full
-  const auto take_weights = [&] {
-    ptx::wait_barrier(full_w(ring_w.stage), ring_w.phase);
-    const int stage = ring_w.stage;
-    ring_w.advance();
-    return stage;
-  };
-  const auto release_weights = [&] {
-    if (lane == 0) ptx::arrive(empty_w(current_w));
-  };
-  // One step, and the decoding of what follows it, of this tile or the next. `more`: there is a step after the next.
-  // Behind the very last step nothing follows, and what is decoded is never used: between products, registers may be
-  // written in straight lines of code only, or the compiler lets every product wait for the one before.
-  const auto step = [&](bool more) {
-    if (!ready) ptx::wait_barrier(full(ring.stage), ring.phase);
+  Ring<L::kStages> ring;      // of activations: the slot of this step
+  Ring<L::kRing> ring_w;      // of weights: the next slot that nobody has looked at
+  int current_w = 0;          // of weights: the slot of this step
+  int previous = L::kStages;  // of activations: the slot that products may still read, or "no slot"
+  // One step, and the decoding of the one that follows, of this tile or the next; what is decoded behind the very last
+  // step is never used. Between products, registers may be written in straight lines of code only, or the compiler lets
+  // every product wait for the one before. It also moves arithmetic up across products, where it would wait for its
+  // operands, but not across the loops that wait for slots; so those stand behind the products, and where no slot
+  // follows wait for one that has come.
+  const auto step = [&](bool more_activations, bool more_weights) {
     const uint32_t b = ptx::operand_128(slot_at(ring.stage));
-    const int stage = ring.stage;
-    ring.advance();
-    bool ready_w = false;
+    const int next_w = more_weights ? ring_w.stage : current_w;
+    Ring<L::kStages> next = ring;
+    next.advance();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       ptx::fence_products();
@@ -604,51 +594,45 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
         ptx::Wgmma<T, kTokens>::add(sum, operand + 4 * chunk, b + 2 * chunk);
       }
       ptx::commit_products();
+      if (half == 0) {
+        const uint32_t phase = more_weights ? ring_w.phase : ring_w.phase ^ (ring_w.stage == 0 ? 1 : 0);
+        ptx::wait_barrier(full_w(next_w), phase);
+      } else {
+        ptx::wait_barrier(full(more_activations ? next.stage : ring.stage), more_activations ? next.phase : ring.phase);
+      }
+      load_words(next_w, half);
       ptx::wait_products<1>();
       finish_half(half ^ 1);
       if (half == 0) {
         release(previous);
-        release_weights();
+        if (lane == 0) ptx::arrive(empty_w(current_w));
       }
       look_up_half();
       load_scales(next_w, half);
-      if (half == 0) {
-        load_words(next_w, 1);
-        // Asked early, so that nobody waits for the answer.
-        ready_w = ptx::test_barrier(full_w(ring_w.stage), ring_w.phase);
-        ready = ptx::test_barrier(full(ring.stage), ring.phase);
-      }
     }
-    previous = stage;
+    previous = ring.stage;
+    ring = next;
     current_w = next_w;
-    if (more && !ready_w) ptx::wait_barrier(full_w(ring_w.stage), ring_w.phase);
-    load_words(ring_w.stage, 0);
-    if (more) {
-      next_w = ring_w.stage;
-      ring_w.advance();
-    }
+    if (more_weights) ring_w.advance();
   };
-  // Fills the pipeline with the first step of a tile of `steps`.
-  const auto start = [&](int steps) {
-    current_w = take_weights();
-    load_words(current_w, 0);
-    load_scales(current_w, 0);
+  // Fills the pipeline with the block's first step.
+  const auto start = [&] {
+    ptx::wait_barrier(full_w(0), 0);
+    ring_w.advance();
+    load_words(0, 0);
+    load_scales(0, 0);
     look_up_half();
     finish_half(0);
-    load_words(current_w, 1);
+    load_words(0, 1);
     look_up_half();
-    load_scales(current_w, 1);
-    if (steps > 1) {
-      next_w = take_weights();
-      load_words(next_w, 0);
-    }
+    load_scales(0, 1);
   };
 
   Work work = work_at(p, 0, kTokens);
-  start(work.steps);
+  start();
   if (work.lora_steps > 0) load_factor(work.row0, 0);
   for (int turn = 0;;) {
-    const bool more_work = has_work(p, turn + 1);
+    const bool more_work = kept(has_work(p, turn + 1)) != 0;
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) sum[i] = 0.0f;
 
@@ -708,12 +692,10 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       }
     }
 
-    // The pipeline runs on into the next tile, unless tiles are of a single step.
-    const bool follows = kept(more_work && p.runs_on) != 0;
+    ptx::wait_barrier(full(ring.stage), ring.phase);
     int left = work.steps;
-    ready = false;
     do {
-      step(left > 2 || follows);
+      step(left > 1, left > 1 || more_work);
     } while (--left > 0);
     ptx::wait_products<0>();
     ptx::hold_sums(sum);
@@ -767,7 +749,6 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       }
       if (!more_work) break;
       work = upcoming;
-      if (!p.runs_on) start(work.steps);
       continue;
     }
 
@@ -864,7 +845,6 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     }
     if (!more_work) break;
     work = upcoming;
-    if (!p.runs_on) start(work.steps);
   }
   if (threadIdx.x % 128 == 0) ptx::wait_stores();
   // No block of a pair ends while the other may still copy activations to it.
@@ -945,7 +925,6 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   p.steps = static_cast<int>(ceil_div(reduction, kStep));
   p.rank = static_cast<int>(rank);
   p.lora_steps = static_cast<int>(ceil_div(rank, kStep));
-  p.runs_on = p.steps / p.split >= 2;
   p.quick = matrix.double_quantized() && matrix.blocksize == 64 && matrix.k % (kForward ? 256 : 128) == 0 &&
             reinterpret_cast<uintptr_t>(matrix.absmax_codes) % 4 == 0;
 
