@@ -122,16 +122,13 @@ LinearPlan mma_plan(const LinearProblem& p, int tile, int split) {
 bool wgmma_legal(const LinearProblem& p) {
   return p.dtype != DType::kFloat32 && p.arch == 90 && p.sm_90a && p.aligned && p.k % 64 == 0 && p.rank % 8 == 0 &&
          (p.direction == LinearDirection::kForward || p.n % 8 == 0) && p.n * p.k < (int64_t{1} << 36) &&
-         std::max({p.m, p.n, p.k}) < (int64_t{1} << 30);
+         std::max({p.m, p.n, p.k}) < (int64_t{1} << 30) && ceil_div(p.m, 32) * ceil_div(p.columns(), 128) < (1 << 24);
 }
 
 // Blocks that run at a time in clusters of `split`, as a part of all multiprocessors: clusters stay within a GPC.
 // Measured on an H200.
 constexpr double kClusterShare[9] = {0.0,         1.0,         1.0,         117 / 132.0, 120 / 132.0,
                                      110 / 132.0, 102 / 132.0, 105 / 132.0, 120 / 132.0};
-
-// Blocks of a cluster exchange sums by eights of tokens, for 32 of which there is room.
-bool wgmma_can_split(int tokens, int64_t split) { return split * ceil_div(tokens / 8, split) <= 32; }
 
 LinearPlan wgmma_plan(const LinearProblem& p, int tokens, int split) {
   LinearPlan plan{LinearKernel::kWgmma, tokens, 128, 64, split, 0.0};
@@ -188,7 +185,7 @@ std::vector<LinearPlan> candidates(const LinearProblem& p) {
       // Every part of a split tile has at least one step, and eight tokens to add up.
       const int64_t parts = std::min<int64_t>(tokens / 8, ceil_div(p.reduction(), 64));
       for (int split = 1; split <= std::min<int64_t>(parts, 8); ++split) {
-        if (wgmma_can_split(tokens, split)) plans.push_back(wgmma_plan(p, tokens, split));
+        plans.push_back(wgmma_plan(p, tokens, split));
       }
     }
   }

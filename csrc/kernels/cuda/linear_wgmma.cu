@@ -9,7 +9,6 @@
 // their parts of the reduction through distributed shared memory.
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
 #include <type_traits>
 
 #include "kernels/cuda/dropout.h"
@@ -64,10 +63,14 @@ struct Layout {
   static constexpr int kFull = kBarriers, kEmpty = kFull + 8 * kStages, kFullW = kEmpty + 8 * (kStages + 1),
                        kEmptyW = kFullW + 8 * kRing, kReceived = kEmptyW + 8 * kRing;
   static_assert(kReceived + 8 <= kBarriers + 512);
-  // Where the parts of a split reduction are exchanged: of every eight tokens, 4 KB from each block of the cluster.
-  static constexpr int kExchange = kSlots;
+  // Where the parts of a split reduction are exchanged, by when nobody decodes any more: of every eight tokens, 4 KB
+  // from each block of the cluster.
+  static constexpr int kExchange = kTable;
   static constexpr int exchange_bytes(int split) { return split * ((kTokens / 8 + split - 1) / split) * kPartBytes; }
-  static constexpr bool can_split(int split) { return kExchange + exchange_bytes(split) <= kGather; }
+  static constexpr bool has_room(int split) {
+    return split > 8 || (kExchange + exchange_bytes(split) <= kGather && has_room(split + 1));
+  }
+  static_assert(has_room(2));
 };
 
 struct Parameters {
@@ -85,6 +88,7 @@ struct Parameters {
   // The first `whole` units are done by single blocks (pairs, where they share activations), in `rounds` turns;
   // clusters of `split` blocks do one more each, where there is one.
   int whole, rounds, split;
+  int first_step[9];  // of the parts of a shared tile
   bool share;
   bool quick;  // blocks of 64, double quantization, codes in whole words
 };
@@ -139,6 +143,13 @@ struct Work {
 [[maybe_unused]] __device__ inline bool has_work(const Parameters& p, int i) {
   return unit_at(p, i) < p.whole || (p.split > 1 && i == p.rounds && shared_unit(p) < p.tiles_m * p.tiles_w);
 }
+// n / d for n below 2^24, which takes the general division several times as long.
+[[maybe_unused]] __device__ inline int divide(int n, int d) {
+  int quotient = static_cast<int>(__fdividef(static_cast<float>(n), static_cast<float>(d)));
+  const int rest = n - quotient * d;
+  quotient += rest >= d ? 1 : rest < 0 ? -1 : 0;
+  return quotient;
+}
 // Tiles go tokens fastest within groups of kGroup tiles of tokens.
 [[maybe_unused]] __device__ inline Work work_at(const Parameters& p, int i, int tokens) {
   const int rank = static_cast<int>(ptx::cluster_rank());
@@ -146,14 +157,13 @@ struct Work {
   int unit = unit_at(p, i);
   work.split = unit >= p.whole;
   if (work.split) unit = shared_unit(p);
-  const int group_units = kGroup * p.tiles_w;
-  const int group = unit / group_units, in_group = unit % group_units;
+  const int group = divide(unit, kGroup * p.tiles_w), in_group = unit - group * kGroup * p.tiles_w;
   const int group_rows = min(kGroup, p.tiles_m - group * kGroup);
-  const int tile_m = group * kGroup + in_group % group_rows, tile_w = in_group / group_rows;
+  const int tile_w = divide(in_group, group_rows), tile_m = group * kGroup + in_group - tile_w * group_rows;
   work.token0 = tile_m * tokens, work.row0 = (p.share ? 2 * tile_w + rank : tile_w) * kTileW;
-  const int part = work.split ? rank : 0, parts = work.split ? p.split : 1;
-  work.first_step = static_cast<int>(int64_t{p.steps} * part / parts);
-  work.steps = static_cast<int>(int64_t{p.steps} * (part + 1) / parts) - work.first_step;
+  const int part = work.split ? rank : 0;
+  work.first_step = work.split ? p.first_step[part] : 0;
+  work.steps = work.split ? p.first_step[part + 1] - work.first_step : p.steps;
   work.lora_steps = part == 0 ? p.lora_steps : 0;
   return work;
 }
@@ -896,10 +906,6 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   p.tiles_m = static_cast<int>(ceil_div(arguments.m, kTokens));
   p.tiles_w = static_cast<int>(ceil_div(p.columns, kTileW));
   p.split = plan.split;
-  if (!Layout<kTokens>::can_split(p.split)) {
-    throw std::invalid_argument("pyquant: linear_wgmma: " + std::to_string(p.split) +
-                                " blocks cannot share a tile of " + std::to_string(kTokens) + " rows");
-  }
   p.share = plan.split == 1 && plan.share;
   if (p.share) p.tiles_w = (p.tiles_w + 1) / 2;
   p.input = make_tensor_map(arguments.input, kElement, arguments.m, reduction, reduction * 2,
@@ -923,6 +929,7 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
                                    std::min(kTokens, kGatherTokens), 64, CU_TENSOR_MAP_SWIZZLE_128B);
   }
   p.steps = static_cast<int>(ceil_div(reduction, kStep));
+  for (int part = 0; part <= p.split; ++part) p.first_step[part] = p.steps * part / p.split;
   p.rank = static_cast<int>(rank);
   p.lora_steps = static_cast<int>(ceil_div(rank, kStep));
   p.quick = matrix.double_quantized() && matrix.blocksize == 64 && matrix.k % (kForward ? 256 : 128) == 0 &&
