@@ -123,12 +123,12 @@ class Cuda {
   }
   void lora_grad_a(const Activation& x, int64_t k, int64_t rank, const Tensor& dya, const Dropout& dropout,
                    Tensor& da) const {
-    const Workspace scratch(da, cuda::lora_grad_workspace(x.rows, k, rank));
+    const Workspace scratch(da, cuda::lora_grad_workspace(x.dtype, x.rows, k, rank));
     cuda::lora_grad_a(x.dtype, x.rows, k, rank, dya.data_ptr(), x.data(), dropout, data<float>(da), scratch.data,
                       stream_);
   }
   void lora_grad_b(const Activation& dy, int64_t n, int64_t rank, const Tensor& xa, Tensor& db) const {
-    const Workspace scratch(db, cuda::lora_grad_workspace(dy.rows, n, rank));
+    const Workspace scratch(db, cuda::lora_grad_workspace(dy.dtype, dy.rows, n, rank));
     cuda::lora_grad_b(dy.dtype, dy.rows, n, rank, dy.data(), xa.data_ptr(), data<float>(db), scratch.data, stream_);
   }
 

@@ -51,7 +51,7 @@ void lora_dya(DType dtype, int64_t m, int64_t n, int64_t rank, const void* dy, c
 
 // da[r, k] = dya[m, r]ᵀ · dropout(x[m, k]), in float32. Deterministic: partial sums over m go through `workspace`.
 // db[n, r] = dy[m, n]ᵀ · xa[m, r], in float32, likewise. `columns` is k for da and n for db.
-int64_t lora_grad_workspace(int64_t m, int64_t columns, int64_t rank);
+int64_t lora_grad_workspace(DType dtype, int64_t m, int64_t columns, int64_t rank);
 void lora_grad_a(DType dtype, int64_t m, int64_t k, int64_t rank, const void* dya, const void* x,
                  const Dropout& dropout, float* da, void* workspace, cudaStream_t stream);
 void lora_grad_b(DType dtype, int64_t m, int64_t n, int64_t rank, const void* dy, const void* xa, float* db,

@@ -41,10 +41,13 @@ __device__ void store(const Output& output, int part, int64_t i, int64_t j, floa
 
 // A block computes 32 × kRank of the output in steps of 128 along the reduction, of which each of its 8 warps
 // multiplies 16; the warps' sums meet at the end. So many warps to so small a tile keep enough bytes of the large
-// operand in flight.
+// operand in flight. Where the tiles are too few for the GPU, the blocks of a cluster share the reduction of one, and
+// each adds up what all have of its share of the outputs, in order. Without clusters (code for sm_80), gradients are
+// split over gridDim.y and another kernel adds the parts.
 constexpr int kOuter = 32;
 constexpr int kStep = 128;
 constexpr int kStages = 3;
+constexpr int kLargestCluster = 8;
 
 // kLargeByStep: the large operand is [reduction, outer], else [outer, reduction]; kSmallByStep: the small one is
 // [reduction, rank], else [rank, reduction].
@@ -67,14 +70,25 @@ __global__ void __launch_bounds__(kThreads)
   using Tile = SkinnyTile<kLargeByStep, kSmallByStep, kRank>;
   extern __shared__ __align__(16) unsigned char dynamic_shared[];
   T* stages = reinterpret_cast<T*>(dynamic_shared);
+  constexpr int kOutputs = kOuter * kRank;
+  __shared__ float inbox[kOutputs];  // of the share of the outputs that this block adds up, the blocks' parts
+  __shared__ alignas(8) uint64_t inbox_barrier;
+  const uint32_t cluster = ptx::cluster_size(), cluster_part = ptx::cluster_rank();
+  if (cluster > 1) {
+    if (threadIdx.x == 0) ptx::expect_from_cluster(&inbox_barrier, kOutputs * 4);
+    ptx::arrive_cluster();
+  }
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
 
   const int64_t reduction = kLargeByStep ? large.rows : large.columns;
   const int64_t all_steps = (reduction + kStep - 1) / kStep;
-  const int part = blockIdx.y, parts = gridDim.y;
+  const int part = blockIdx.y + cluster_part, parts = gridDim.y * cluster;  // one of the two factors is 1
   const int64_t first_step = all_steps * part / parts, steps = all_steps * (part + 1) / parts - first_step;
   // Blocks with the same part of the large operand are neighbours.
   const int rank_tiles = static_cast<int>((output.rank + kRank - 1) / kRank);
-  const int64_t outer0 = int64_t{blockIdx.x / rank_tiles} * kOuter, rank0 = blockIdx.x % rank_tiles * kRank;
+  const uint32_t tile = blockIdx.x / cluster;
+  const int64_t outer0 = int64_t{tile / rank_tiles} * kOuter, rank0 = tile % rank_tiles * kRank;
   const uint64_t seed = dropout.active() ? static_cast<uint64_t>(*dropout.seed) : 0;
 
   const auto start_loads = [&](int64_t step) {
@@ -138,17 +152,51 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
+  if (cluster > 1) ptx::wait_cluster();  // the other blocks' barriers are ready
   __syncthreads();
+  // Outputs are numbered along the contiguous dimension.
+  const auto finish = [&](int index, float total) {
+    const bool by_outer = output.outer_stride == 1;
+    const int i = by_outer ? index % kOuter : index / kRank, j = by_outer ? index / kOuter : index % kRank;
+    store<T>(output, blockIdx.y, outer0 + i, rank0 + j, total);
+  };
+  const int share = kOutputs / cluster;
 #pragma unroll 1
-  for (int index = threadIdx.x; index < kOuter * kRank; index += kThreads) {
-    // Along the output's contiguous dimension.
+  for (int index = threadIdx.x; index < kOutputs; index += kThreads) {
     const bool by_outer = output.outer_stride == 1;
     const int i = by_outer ? index % kOuter : index / kRank, j = by_outer ? index / kOuter : index % kRank;
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += sums[(w * kOuter + i) * kRank + j];
-    store<T>(output, part, outer0 + i, rank0 + j, total);
+    if (cluster == 1) {
+      finish(index, total);
+    } else {
+      ptx::send_to_rank(&inbox[cluster_part * share + index % share], &inbox_barrier, index / share, total);
+    }
   }
+  if (cluster == 1) return;
+  ptx::wait_for_cluster(&inbox_barrier);
+  for (int index = threadIdx.x; index < share; index += kThreads) {
+    float total = 0.0f;
+    for (uint32_t from = 0; from < cluster; ++from) total += inbox[from * share + index];
+    finish(cluster_part * share + index, total);
+  }
+}
+
+// Whether blocks of these kernels can form clusters.
+bool skinny_clusters() {
+  return current_device().arch >= 90 &&
+         has_sm_90_code(reinterpret_cast<const void*>(skinny_mma_kernel<__half, true, true, 16>));
+}
+
+// Blocks of a cluster: enough to fill the GPU a few times over, each with at least four steps.
+unsigned skinny_cluster(int64_t tiles, int64_t reduction) {
+  unsigned cluster = 1;
+  while (2 * cluster <= kLargestCluster && tiles * cluster < 3 * current_device().sm_count &&
+         ceil_div(reduction, kStep) >= 8 * cluster) {
+    cluster *= 2;
+  }
+  return cluster;
 }
 
 template <typename T, bool kLargeByStep, bool kSmallByStep, int kRank>
@@ -157,9 +205,11 @@ void launch_skinny_mma(const char* name, const std::string& problem, const Dense
   const auto kernel = skinny_mma_kernel<T, kLargeByStep, kSmallByStep, kRank>;
   constexpr int kSharedBytes = SkinnyTile<kLargeByStep, kSmallByStep, kRank>::kSharedBytes;
   allow_shared_memory(reinterpret_cast<const void*>(kernel), name, kSharedBytes);
-  const unsigned tiles = grid_size(ceil_div(output.outer, kOuter) * ceil_div(output.rank, kRank), name);
-  kernel<<<dim3(tiles, split), kThreads, kSharedBytes, stream>>>(large, small, dropout, output);
-  check_launch(name, problem);
+  const int64_t tiles = ceil_div(output.outer, kOuter) * ceil_div(output.rank, kRank);
+  const unsigned cluster = skinny_clusters() ? skinny_cluster(tiles, kLargeByStep ? large.rows : large.columns) : 1;
+  const dim3 grid(grid_size(tiles * cluster, name), split);
+  const Launch launch{grid, kThreads, kSharedBytes, stream, cluster, true};
+  launch_kernel(name, problem, launch, kernel, large, small, dropout, output);
 }
 
 template <typename T, bool kLargeByStep, bool kSmallByStep>
@@ -257,7 +307,6 @@ constexpr int kFewThreads = 512;
 constexpr int kFewWarps = kFewThreads / 32;
 constexpr int kFewOutputs = kFewRows * kFewRanks;
 constexpr int kFewStep = 512;  // of k, of a block
-constexpr int kLargestCluster = 8;
 
 // 16 bytes of a row from column k on, zeros where the row ends. Not through the read-only path: a kernel that starts
 // early runs while its operands are written. Aligned rows are loaded without a branch, so that loads can be gathered.
@@ -422,8 +471,10 @@ void lora_down_few_rows(const std::string& problem, const Dense<T>& x, const Den
 
 // --- Gradients: the reduction over m in parts ---
 
-// Enough blocks to fill the GPU a few times over, but no part shorter than 512 rows.
-int grad_split(int64_t m, int64_t columns, int64_t rank) {
+// Parts that a kernel of its own adds up, where clusters do not: enough blocks to fill the GPU a few times over, but no
+// part shorter than 512 rows.
+int grad_split(DType dtype, int64_t m, int64_t columns, int64_t rank) {
+  if (dtype != DType::kFloat32 && skinny_clusters()) return 1;
   const int64_t tiles = ceil_div(columns, kOuter) * ceil_div(rank, rank <= 16 ? 16 : 64);
   const int64_t wanted = ceil_div(int64_t{4} * current_device().sm_count, tiles);
   return static_cast<int>(std::clamp<int64_t>(std::min(wanted, m / 512), 1, 32));
@@ -443,7 +494,7 @@ void lora_grad(const char* name, DType dtype, int64_t m, int64_t columns, int64_
                const void* small, const Dropout& dropout, int64_t outer_stride, int64_t rank_stride, float* grad,
                void* workspace, cudaStream_t stream) {
   if (columns <= 0 || rank <= 0) return;
-  const int split = grad_split(m, columns, rank);
+  const int split = grad_split(dtype, m, columns, rank);
   const float alpha = dropout.active() ? dropout.scale : 1.0f;
   float* partial = split > 1 ? static_cast<float*>(workspace) : nullptr;
   const Output output{grad, true, columns, rank, outer_stride, rank_stride, alpha, partial};
@@ -515,9 +566,9 @@ void lora_dya(DType dtype, int64_t m, int64_t n, int64_t rank, const void* dy, c
   });
 }
 
-int64_t lora_grad_workspace(int64_t m, int64_t columns, int64_t rank) {
+int64_t lora_grad_workspace(DType dtype, int64_t m, int64_t columns, int64_t rank) {
   if (m <= 0 || columns <= 0 || rank <= 0) return 0;
-  const int split = grad_split(m, columns, rank);
+  const int split = grad_split(dtype, m, columns, rank);
   return split > 1 ? int64_t{split} * columns * rank * 4 : 0;
 }
 
