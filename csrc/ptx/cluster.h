@@ -110,6 +110,19 @@ __device__ inline void send_to_rank(float* shared, uint64_t* barrier, uint32_t r
 #endif
 }
 
+__device__ inline void send_to_rank(float* shared, uint64_t* barrier, uint32_t rank, float2 values) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t address, barrier_address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(barrier_address)
+               : "r"(shared_address(barrier)), "r"(rank));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(address),
+               "r"(__float_as_uint(values.x)), "r"(__float_as_uint(values.y)), "r"(barrier_address)
+               : "memory");
+#endif
+}
+
 __device__ inline void wait_for_cluster(uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
   wait_barrier(barrier, 0);

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "ptx/async_copy.h"
 
@@ -93,6 +94,25 @@ struct Wgmma;
   PYQUANT_WGMMA(type, element, 256, 128, PYQUANT_NUMBERS_128, 128, 129, 130, 131, 132, 133)
 PYQUANT_WGMMAS(__nv_bfloat16, "bf16")
 PYQUANT_WGMMAS(__half, "f16")
+
+// sum[64, 64] += a[64, 16] * b[16, 64], both from shared memory, described by operand_128. By rows of 64 along the
+// reduction, or where `kAcross...` by rows of 64 across it: 16 further along it are then 16 rows, 2048 bytes.
+template <typename T, bool kAcrossA, bool kAcrossB>
+__device__ inline void multiply_64(float (&sum)[32], uint32_t a, uint32_t b) {
+#define PYQUANT_MULTIPLY_64(element)                                                            \
+  asm volatile(                                                                                 \
+      "{\n.reg .b64 left, right;\nmov.b64 left, {%32, %34};\nmov.b64 right, {%33, %34};\n"      \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." element "." element " {" PYQUANT_NUMBERS_32 \
+      "}, left, right, 1, 1, 1, %35, %36;\n}"                                                   \
+      : PYQUANT_SUMS_32(0)                                                                      \
+      : "r"(a), "r"(b), "n"(kOperand128), "n"(kAcrossA ? 1 : 0), "n"(kAcrossB ? 1 : 0))
+  if constexpr (std::is_same_v<T, __half>) {
+    PYQUANT_MULTIPLY_64("f16");
+  } else {
+    PYQUANT_MULTIPLY_64("bf16");
+  }
+#undef PYQUANT_MULTIPLY_64
+}
 #undef PYQUANT_WGMMAS
 #undef PYQUANT_WGMMA
 #undef PYQUANT_SUMS_4

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -51,6 +52,8 @@ bool has_sm_90_code(const void* kernel) {
   check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
   return known[key] = attributes.ptxVersion >= 90;
 }
+
+bool has_sm_90a_code() { return current_device().arch == 90 && std::strstr(PYQUANT_CUDA_ARCHS, "90a") != nullptr; }
 
 int resident_clusters(const void* kernel, const Launch& launch) {
   static std::mutex mutex;

@@ -26,6 +26,9 @@ void check_launch(const char* kernel, const std::string& problem);
 // PTX.
 bool has_sm_90_code(const void* kernel);
 
+// Whether the library has machine code for sm_90a, and the current device runs it.
+bool has_sm_90a_code();
+
 struct Launch {
   dim3 grid, block;
   int shared_bytes;  // above 48 KB, after allow_shared_memory

@@ -1,6 +1,5 @@
 // linear_4bit and linear_4bit_dx: describe the problem, take the plan, launch its kernel.
 #include <algorithm>
-#include <cstring>
 
 #include "dispatch/linear_plan.h"
 #include "kernels/cuda/kernels.h"
@@ -22,7 +21,7 @@ LinearProblem problem_of(LinearDirection direction, const QuantizedMatrix& weigh
   problem.rank = rank;
   problem.blocksize = weight.blocksize;
   problem.arch = device.arch;
-  problem.sm_90a = std::strstr(PYQUANT_CUDA_ARCHS, "90a") != nullptr;
+  problem.sm_90a = has_sm_90a_code();
   problem.sm_count = device.sm_count;
   problem.aligned = aligned;
   return problem;

@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/lora_kernels.h"
 #include "kernels/cuda/tile.h"
 #include "ptx/cluster.h"
 
@@ -14,27 +15,17 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-// output(i, j) = alpha · sum over s of large(i, s) · small(s, j), with i along the large operand and j along the rank.
-struct Output {
-  void* data;
-  bool is_float;        // else the element type
-  int64_t outer, rank;  // its two sizes
-  int64_t outer_stride, rank_stride;
-  float alpha;
-  float* partial;  // [split][outer · rank] in the layout of the output when the reduction is split, else null
+// An output, and where the reduction is split, its parts: [split][outer · rank] in the layout of the output.
+struct Output : SkinnyOutput {
+  float* partial;
 };
 
 template <typename T>
 __device__ void store(const Output& output, int part, int64_t i, int64_t j, float value) {
+  if (output.partial == nullptr) return store_skinny<T>(output, i, j, value);
   if (i >= output.outer || j >= output.rank) return;
   const int64_t index = i * output.outer_stride + j * output.rank_stride;
-  if (output.partial != nullptr) {
-    output.partial[part * output.outer * output.rank + index] = value;
-  } else if (output.is_float) {
-    static_cast<float*>(output.data)[index] = value * output.alpha;
-  } else {
-    static_cast<T*>(output.data)[index] = from_float<T>(value * output.alpha);
-  }
+  output.partial[part * output.outer * output.rank + index] = value;
 }
 
 // --- Tensor cores, 16-bit types ---
@@ -497,9 +488,10 @@ void lora_grad(const char* name, DType dtype, int64_t m, int64_t columns, int64_
   const int split = grad_split(dtype, m, columns, rank);
   const float alpha = dropout.active() ? dropout.scale : 1.0f;
   float* partial = split > 1 ? static_cast<float*>(workspace) : nullptr;
-  const Output output{grad, true, columns, rank, outer_stride, rank_stride, alpha, partial};
+  const Output output{{grad, true, columns, rank, outer_stride, rank_stride, alpha}, partial};
   const std::string problem =
       "of " + std::to_string(m) + " rows, " + std::to_string(columns) + " columns and rank " + std::to_string(rank);
+  if (!dropout.active() && lora_wgmma(name, problem, dtype, true, true, {large, small, m, output}, stream)) return;
   if (dtype == DType::kFloat32) {
     skinny_simt(name, problem, {static_cast<const float*>(large), columns, 1, columns},
                 {static_cast<const float*>(small), rank, 1, rank}, m, dropout, output, split, stream);
@@ -534,7 +526,8 @@ void lora_down(DType dtype, int64_t m, int64_t k, int64_t rank, const void* x, c
     return;
   }
   const float alpha = dropout.active() ? scaling * dropout.scale : scaling;
-  const Output output{xa, false, m, rank, rank, 1, alpha, nullptr};
+  const Output output{{xa, false, m, rank, rank, 1, alpha}, nullptr};
+  if (!dropout.active() && lora_wgmma("lora_down", problem, dtype, false, false, {x, a, k, output}, stream)) return;
   if (dtype == DType::kFloat32) {
     skinny_simt("lora_down", problem, {static_cast<const float*>(x), m, k, 1},
                 {static_cast<const float*>(a), rank, k, 1}, k, dropout, output, 1, stream);
@@ -553,7 +546,8 @@ void lora_dya(DType dtype, int64_t m, int64_t n, int64_t rank, const void* dy, c
   const std::string problem =
       "of " + std::to_string(m) + " rows, " + std::to_string(n) + " columns and rank " + std::to_string(rank);
   const Dropout no_dropout{nullptr, 0, 1.0f};
-  const Output output{dya, false, m, rank, rank, 1, scaling, nullptr};
+  const Output output{{dya, false, m, rank, rank, 1, scaling}, nullptr};
+  if (lora_wgmma("lora_dya", problem, dtype, false, true, {dy, b, n, output}, stream)) return;
   if (dtype == DType::kFloat32) {
     skinny_simt("lora_dya", problem, {static_cast<const float*>(dy), m, n, 1},
                 {static_cast<const float*>(b), rank, 1, rank}, n, no_dropout, output, 1, stream);

@@ -1,0 +1,196 @@
+// The products of a LoRA adapter for many rows on Hopper (sm_90a): lora.cu's, by wgmma with both operands from shared
+// memory.
+//
+// A block computes 64 × 64 of the output in steps of 64 along the reduction. One thread has the accelerator copy both
+// operands, some steps ahead; a warpgroup multiplies. wgmma takes either operand along the reduction or across it, so
+// that x·Aᵀ, dy·B, dyaᵀ·x and dyᵀ·xa are the same kernel. Columns beyond the rank arrive as zeros. All four are bound
+// by reading the large operand: where tiles are too few to keep memory busy, the blocks of a cluster share the
+// reduction of one, send each other their parts of its rows, and each adds up its share in order.
+#include <algorithm>
+
+#include "kernels/cuda/element.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/lora_kernels.h"
+#include "kernels/cuda/tensor_map.h"
+#include "ptx/cluster.h"
+#include "ptx/tma.h"
+#include "ptx/wgmma.h"
+
+namespace pyquant::cuda {
+namespace {
+
+constexpr int kTile = 64;   // of the output's two sizes, and of a step
+constexpr int kStages = 5;  // with which two blocks fit an SM
+constexpr int kOperandBytes = kTile * kTile * 2;
+constexpr int kConsumers = 128;
+constexpr int kThreads = kConsumers + 32;
+constexpr unsigned kLargestCluster = 8;
+constexpr int kSharedBytes = 2 * kStages * kOperandBytes + 1024;  // to align it
+
+struct Parameters {
+  CUtensorMap large, small;
+  SkinnyOutput output;
+  int steps, rank_tiles;
+};
+
+// kLargeByStep: the large operand is [reduction, outer], else [outer, reduction]; kSmallByStep: the small one is
+// [reduction, rank], else [rank, reduction].
+template <typename T, bool kLargeByStep, bool kSmallByStep>
+__global__ void __launch_bounds__(kThreads) lora_wgmma_kernel(const __grid_constant__ Parameters p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+  __shared__ float inbox[kTile * kTile];  // [block][row of this block's share][column]
+  __shared__ alignas(8) uint64_t full[kStages], empty[kStages], received;
+  const uint32_t stages = (ptx::shared_address(dynamic_shared) + 1023) & ~1023u;
+  const auto large_at = [stages](int stage) { return stages + stage * 2 * kOperandBytes; };
+  const auto small_at = [stages](int stage) { return stages + stage * 2 * kOperandBytes + kOperandBytes; };
+
+  const int parts = static_cast<int>(ptx::cluster_size()), part = static_cast<int>(ptx::cluster_rank());
+  const int tile = static_cast<int>(blockIdx.x) / parts;
+  const int outer0 = tile / p.rank_tiles * kTile, rank0 = tile % p.rank_tiles * kTile;
+  const int first = p.steps * part / parts, steps = p.steps * (part + 1) / parts - first;
+  const int columns = min(kTile, static_cast<int>(p.output.rank) - rank0 + 7 & ~7);  // that are sent
+  const int rows = kTile / parts;                                                    // of this block's share
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::init_barrier(&full[stage], 1);
+      ptx::init_barrier(&empty[stage], kConsumers / 32);
+    }
+    ptx::init_barrier(&received, 1);
+    ptx::fence_barrier_init();
+    if (parts > 1) ptx::expect_bytes(&received, parts * rows * columns * 4);
+  } else if (threadIdx.x == kConsumers) {
+    ptx::prefetch_tensor_map(&p.large);
+    ptx::prefetch_tensor_map(&p.small);
+  }
+  __syncthreads();
+  if (parts > 1) ptx::arrive_cluster_relaxed();
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
+
+  if (threadIdx.x >= kConsumers) {
+    if (threadIdx.x == kConsumers) {
+      for (int step = 0; step < steps; ++step) {
+        const int stage = step % kStages, at = (first + step) * kTile;
+        const uint32_t barrier = ptx::shared_address(&full[stage]);
+        ptx::wait_barrier(&empty[stage], step / kStages & 1 ^ 1);
+        ptx::expect_bytes(barrier, 2 * kOperandBytes);
+        ptx::copy_tile(large_at(stage), &p.large, kLargeByStep ? outer0 : at, kLargeByStep ? at : outer0, barrier);
+        ptx::copy_tile(small_at(stage), &p.small, kSmallByStep ? rank0 : at, kSmallByStep ? at : rank0, barrier);
+      }
+    }
+    __syncwarp();
+    if (parts > 1) ptx::wait_cluster();
+    return;
+  }
+
+  float sum[kTile / 2] = {};
+  for (int step = 0; step < steps; ++step) {
+    const int stage = step % kStages;
+    ptx::wait_barrier(&full[stage], step / kStages & 1);
+    // 16 along the reduction are 32 bytes of a row, or 16 rows of 128.
+    const uint32_t a = ptx::operand_128(large_at(stage)), b = ptx::operand_128(small_at(stage));
+    ptx::fence_products();
+#pragma unroll
+    for (int chunk = 0; chunk < 4; ++chunk) {
+      ptx::multiply_64<T, kLargeByStep, kSmallByStep>(sum, a + chunk * (kLargeByStep ? 128 : 2),
+                                                      b + chunk * (kSmallByStep ? 128 : 2));
+    }
+    ptx::commit_products();
+    ptx::wait_products<1>();
+    if (step > 0 && threadIdx.x % 32 == 0) ptx::arrive(&empty[(step - 1) % kStages]);
+  }
+  ptx::wait_products<0>();
+  ptx::hold_sums(sum);
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  if (parts > 1) ptx::wait_cluster();  // the other blocks' barriers are ready
+#pragma unroll
+  for (int j = 0; j < kTile / 8; ++j) {
+    if (8 * j >= columns) break;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = 16 * warp + g + 8 * half;
+      const float2 values = make_float2(sum[4 * j + 2 * half], sum[4 * j + 2 * half + 1]);
+      const int owner = row / rows;
+      float* to = inbox + (part * rows + row - owner * rows) * kTile + 8 * j + 2 * t;
+      if (parts > 1) {
+        ptx::send_to_rank(to, &received, owner, values);
+      } else {
+        *reinterpret_cast<float2*>(to) = values;
+      }
+    }
+  }
+  if (parts > 1) {
+    ptx::wait_barrier(&received, 0);
+  } else {
+    asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
+  }
+  // Along the output's contiguous dimension.
+  const bool by_outer = p.output.outer_stride == 1;
+  for (int index = threadIdx.x; index < rows * columns; index += kConsumers) {
+    const int i = by_outer ? index % rows : index / columns, j = by_outer ? index / rows : index % columns;
+    float total = 0.0f;
+    for (int from = 0; from < parts; ++from) total += inbox[(from * rows + i) * kTile + j];
+    store_skinny<T>(p.output, outer0 + part * rows + i, rank0 + j, total);
+  }
+#else
+  __trap();  // launched only where there is code for sm_90a
+#endif
+}
+
+template <typename T, bool kLargeByStep, bool kSmallByStep>
+void launch(const char* name, const std::string& problem, const SkinnyProblem& problem_shape, cudaStream_t stream) {
+  const SkinnyProblem& s = problem_shape;
+  constexpr CUtensorMapDataType kElement =
+      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto map = [&](const void* data, bool by_step, int64_t size) {
+    const int64_t rows = by_step ? s.reduction : size, columns = by_step ? size : s.reduction;
+    return make_tensor_map(data, kElement, rows, columns, columns * 2, kTile, kTile, CU_TENSOR_MAP_SWIZZLE_128B);
+  };
+  Parameters p{};
+  p.large = map(s.large, kLargeByStep, s.output.outer);
+  p.small = map(s.small, kSmallByStep, s.output.rank);
+  p.output = s.output;
+  p.steps = static_cast<int>(ceil_div(s.reduction, kTile));
+  p.rank_tiles = static_cast<int>(ceil_div(s.output.rank, kTile));
+  const auto kernel = lora_wgmma_kernel<T, kLargeByStep, kSmallByStep>;
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), name, kSharedBytes);
+  const int64_t tiles = ceil_div(s.output.outer, kTile) * p.rank_tiles;
+  // Two blocks fit an SM: as many as that, each with four steps or more.
+  unsigned cluster = 1;
+  while (2 * cluster <= kLargestCluster && tiles * cluster * 2 <= 2 * current_device().sm_count &&
+         p.steps >= static_cast<int>(8 * cluster)) {
+    cluster *= 2;
+  }
+  const unsigned grid = grid_size(tiles * cluster, name);
+  launch_kernel(name, problem, Launch{grid, kThreads, kSharedBytes, stream, cluster, true}, kernel, p);
+}
+
+}  // namespace
+
+bool lora_wgmma(const char* name, const std::string& problem, DType dtype, bool large_by_step, bool small_by_step,
+                const SkinnyProblem& s, cudaStream_t stream) {
+  // The accelerator wants rows of multiples of 16 bytes.
+  const int64_t large_row = large_by_step ? s.output.outer : s.reduction;
+  const int64_t small_row = small_by_step ? s.output.rank : s.reduction;
+  constexpr int64_t kLimit = int64_t{1} << 30;
+  if (!has_sm_90a_code() || dtype == DType::kFloat32 || large_row % 8 != 0 || small_row % 8 != 0 ||
+      !aligned_16(s.large) || !aligned_16(s.small) ||
+      std::max({s.reduction, s.output.outer, s.output.rank}) >= kLimit) {
+    return false;
+  }
+  with_half_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    if (large_by_step) {
+      launch<T, true, true>(name, problem, s, stream);
+    } else if (small_by_step) {
+      launch<T, false, true>(name, problem, s, stream);
+    } else {
+      launch<T, false, false>(name, problem, s, stream);
+    }
+  });
+  return true;
+}
+
+}  // namespace pyquant::cuda
