@@ -106,10 +106,18 @@ def test_the_gpu_is_printed(capsys):
     assert line.endswith(", supported")
 
 
-@pytest.mark.parametrize(("rows", "kernel"), [(1, "stream"), (16, "stream"), (17, "mma"), (4096, "wgmma")])
+@pytest.mark.parametrize(("rows", "kernel"), [(1, "stream"), (16, "stream"), (17, "wgmma"), (4096, "wgmma")])
 def test_explain_plan_names_the_kernel_and_its_tiles(rows, kernel):
     plan = pyquant.explain_plan(rows, 4096, 4096, rank=16, arch=90, sm_count=132)
     assert plan.startswith(f"linear_4bit m={rows} n=4096 k=4096 rank=16 blocksize=64 bfloat16 sm_90: {kernel} tile ")
+
+
+def test_a_kernel_its_tile_and_its_split_can_be_forced(monkeypatch):
+    for forced, described in (("wgmma:64", "wgmma tile 64x"), ("wgmma:128:3", "wgmma tile 128x128x64 split 3,")):
+        monkeypatch.setenv("PYQUANT_KERNEL", forced)
+        assert described in pyquant.explain_plan(100, 4096, 4096, arch=90, sm_count=132)
+    monkeypatch.setenv("PYQUANT_KERNEL", "wgmma:128:7")  # not for so few steps: another plan
+    assert ": wgmma tile 128" not in pyquant.explain_plan(100, 64, 192, arch=80, sm_count=108)
 
 
 def test_explain_plan_before_hopper_and_for_odd_shapes():

@@ -292,3 +292,59 @@ def test_every_kernel_meets_the_bound(monkeypatch, kernel, dtype, n, k, blocksiz
         check_lora(x, dy, bias, weight, exact, *adapter(n, k, 16, dtype), p=0.1, seed=rows, device="cuda")
         y = ops.linear_4bit(x.cuda(), *weight, bias.cuda())
         assert torch.equal(y, ops.linear_4bit(x.cuda(), *weight, bias.cuda()))
+
+
+# wgmma with a tile of rows and a split: all splits of small problems, and a last wave of tiles that clusters share
+# behind whole ones.
+FORCED_PLANS = [
+    (f"wgmma:{tile}:{split}", 100, 256, 1024)
+    for tile in (32, 64, 128, 256)
+    for split in range(1, min(tile // 8, 8) + 1)
+]
+FORCED_PLANS += [("wgmma:128:2", 700, 14336, 256), ("wgmma:256:2", 1024, 14336, 256), ("wgmma:32:1", 700, 4096, 64)]
+
+
+@pytest.mark.parametrize(("plan", "rows", "n", "k"), FORCED_PLANS)
+@pytest.mark.parametrize("rank", [16, 96])
+def test_forced_tiles_and_splits_meet_the_bound(monkeypatch, plan, rows, n, k, rank):
+    monkeypatch.setenv("PYQUANT_KERNEL", plan)
+    weight, exact = quantized(n, k, device="cuda")
+    exact = exact.cuda()
+    x, dy = (torch.randn(rows, size, device="cuda").bfloat16() for size in (k, n))
+    bias = torch.randn(n, device="cuda").bfloat16()
+    y = ops.linear_4bit(x, *weight, bias)
+    check_on_gpu(x, exact.T, ops.linear_4bit(x, *weight, None), "y")
+    assert torch.equal(y, ops.linear_4bit(x, *weight, bias))
+    check_on_gpu(dy, exact, ops.linear_4bit_dx(dy, *weight), "dx")
+    lora_A, lora_B = adapter(n, k, rank, torch.bfloat16, "cuda")
+    y, xa = ops.lora_linear_4bit(x, *weight, bias, lora_A, lora_B, 0.5, 0.0, None)
+    truth = x.double() @ exact.double().T + xa.double() @ lora_B.double().T + bias.double()
+    baseline = torch.addmm(bias, torch.cat([x, xa], 1), torch.cat([exact.bfloat16(), lora_B], 1).T)
+    reference.assert_within_bound(y, baseline, truth, "y with the adapter")
+
+
+@pytest.mark.parametrize("rank", [8, 16, 40, 64, 136, 12])
+@pytest.mark.parametrize("rows", [64, 200, 1024])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_lora_products_of_many_rows_meet_the_bound(rows, rank, dtype):
+    """Ranks of 8 go through Hopper's kernel, the last one does not; few tiles are shared by clusters."""
+    n, k = 640, 2048
+    weight, _ = quantized(n, k, device="cuda")
+    lora_A, lora_B = adapter(n, k, rank, dtype, "cuda")
+    x, dy = (torch.randn(rows, size, device="cuda").to(dtype) for size in (k, n))
+
+    def run():
+        _, xa = ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 0.5, 0.0, None)
+        return xa, *ops.lora_linear_4bit_backward(dy, x, xa, *weight, lora_A, lora_B, 0.5, 0.0, None, True)[1:]
+
+    xa, dA, dB = run()
+    truth = 0.5 * x.double() @ lora_A.double().T
+    reference.assert_within_bound(xa, 0.5 * (x @ lora_A.T), truth, "xa", xa.numel())
+    dya = (0.5 * dy.double() @ lora_B.double()).to(dtype)
+    for value, left, right, what in ((dA, dya, x, "dA"), (dB, dy, xa, "dB")):
+        truth = left.double().T @ right.double()
+        error = reference.relative_error(value, truth)
+        # dya is rounded to 16 bits between the two products, on either side.
+        assert error < (2e-3 if what == "dA" else 2e-6), f"{what}: {error}"
+    for first, second in zip((xa, dA, dB), run(), strict=True):
+        assert torch.equal(first, second)
