@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -211,17 +212,8 @@ bool asked_for(const LinearPlan& plan, const char* forced) {
   return forced == kernel || forced == tile || forced == tile + ':' + std::to_string(plan.split);
 }
 
-}  // namespace
-
-int64_t LinearPlan::workspace(const LinearProblem& problem) const {
-  if (kernel != LinearKernel::kMma || split == 1) return 0;
-  // Rows of an even length, so that pairs of columns stay aligned.
-  return int64_t{split} * problem.m * ((problem.columns() + 1) / 2 * 2) * 4;
-}
-
-LinearPlan plan_linear(const LinearProblem& problem) {
+LinearPlan best_plan(const LinearProblem& problem, const char* forced) {
   const std::vector<LinearPlan> plans = candidates(problem);
-  const char* forced = std::getenv("PYQUANT_KERNEL");
   const LinearPlan* best = nullptr;
   for (const bool respect : {true, false}) {
     for (const LinearPlan& plan : plans) {
@@ -231,6 +223,31 @@ LinearPlan plan_linear(const LinearProblem& problem) {
     if (best != nullptr) break;
   }
   return *best;
+}
+
+}  // namespace
+
+int64_t LinearPlan::workspace(const LinearProblem& problem) const {
+  if (kernel != LinearKernel::kMma || split == 1) return 0;
+  // Rows of an even length, so that pairs of columns stay aligned.
+  return int64_t{split} * problem.m * ((problem.columns() + 1) / 2 * 2) * 4;
+}
+
+LinearPlan plan_linear(const LinearProblem& problem) {
+  const char* forced = std::getenv("PYQUANT_KERNEL");
+  if (forced != nullptr) return best_plan(problem, forced);
+  // A model asks for the same few problems again and again, each several times a layer; to choose takes a microsecond.
+  constexpr size_t kKept = 64;
+  struct Kept {
+    LinearProblem problem;
+    LinearPlan plan;
+  };
+  thread_local std::optional<Kept> kept[kKept];
+  const uint64_t hash = static_cast<uint64_t>(problem.m * 31 + problem.n * 7 + problem.k * 3 + problem.rank) * 2 +
+                        static_cast<uint64_t>(problem.direction);
+  std::optional<Kept>& entry = kept[hash * 0x9E3779B97F4A7C15u >> 58];
+  if (!entry || !(entry->problem == problem)) entry = Kept{problem, best_plan(problem, nullptr)};
+  return entry->plan;
 }
 
 void log_plan(const LinearProblem& problem, const LinearPlan& plan) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <tuple>
 
 #include "format/quantized_matrix.h"
 
@@ -27,6 +28,13 @@ struct LinearProblem {
 
   int64_t columns() const { return direction == LinearDirection::kForward ? n : k; }    // of the output
   int64_t reduction() const { return direction == LinearDirection::kForward ? k : n; }  // summed over
+
+  bool operator==(const LinearProblem& other) const { return all() == other.all(); }
+
+ private:
+  std::tuple<LinearDirection, int64_t, int64_t, int64_t, DType, int64_t, int64_t, int, bool, int, bool> all() const {
+    return {direction, m, n, k, dtype, rank, blocksize, arch, sm_90a, sm_count, aligned};
+  }
 };
 
 enum class LinearKernel : int {
