@@ -1,12 +1,14 @@
 // The 4-bit linear on Hopper's tensor cores (sm_90a): wgmma with W as the left operand, decoded into registers.
 //
-// A block computes tiles of 128 rows of W (forward; columns of W in dX) by kTokens tokens. A producer warp brings
-// activations and packed weights to shared memory through the tensor memory accelerator, two warps decode absmax there,
-// and two warpgroups of consumers have 64 rows each: while the tensor cores multiply one step of 64 along the
-// reduction, the same threads decode the next one's weights straight into the registers of the left operand. Decoded
-// weights are never stored. Blocks are persistent; pairs of them (clusters) share the activations they copy. Tiles that
-// do not fill the GPU, be it all of them or those of a last wave, are shared by the blocks of a cluster, which add
-// their parts of the reduction through distributed shared memory.
+// A block computes tiles of 128 rows of W (forward; columns of W in dX) by kTokens tokens. Two warps bring activations
+// and packed weights to shared memory through the tensor memory accelerator, each in a ring of its own, two decode
+// absmax there, and two warpgroups of consumers have 64 rows each: while the tensor cores multiply one step of 64 along
+// the reduction, the same threads decode the next one's weights straight into the registers of the left operand.
+// Decoded weights are never stored. Blocks are persistent; pairs of them (clusters) share the activations they copy.
+// Tiles that do not fill the GPU, be it all of them or those of a last wave, are shared by the blocks of a cluster,
+// which add their parts of the reduction through distributed shared memory.
+//
+// Weights and their statistics are read before the previous kernel has ended; everything else waits for that.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -558,7 +560,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     const int flip = c.flip, t = c.t;
     const auto word = [&](int row, int at, bool inside) {
       const T* pointer = static_cast<const T*>(p.factor) + int64_t{row} * (kForward ? p.rank : p.columns) + at;
-      return inside ? __ldg(reinterpret_cast<const uint32_t*>(pointer)) : 0u;
+      // Not __ldg: the kernel before may have written it.
+      return inside ? *reinterpret_cast<const uint32_t*>(pointer) : 0u;
     };
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
