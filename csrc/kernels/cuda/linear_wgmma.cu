@@ -169,17 +169,6 @@ struct Work {
   work.lora_steps = part == 0 ? p.lora_steps : 0;
   return work;
 }
-// Steps of all turns of the block.
-[[maybe_unused]] __device__ inline int steps_of_block(const Parameters& p) {
-  const int stride = p.share ? ptx::clusters() : static_cast<int>(gridDim.x);
-  const int turns = divide(max(p.whole - unit_at(p, 0), 0) + stride - 1, stride);
-  int steps = turns * p.steps;
-  if (p.split > 1 && shared_unit(p) < p.tiles_m * p.tiles_w) {
-    const int rank = static_cast<int>(ptx::cluster_rank());
-    steps += p.first_step[rank + 1] - p.first_step[rank];
-  }
-  return steps;
-}
 // The producer of activations tells consumers, whose registers are dear, through shared memory; the barrier of a tile's
 // first slot makes it visible.
 [[maybe_unused]] __device__ inline void put_work(uint32_t window, int turn, const Work& work) {
@@ -498,11 +487,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
 
   // Halves of steps, 32 along the reduction, go through a pipeline: packed words, looked-up pairs, pairs times absmax
   // in the registers of the operand, products. While the two products of half h run, half h + 1 is multiplied by its
-  // absmax and half h + 2 loaded and looked up, so that hardly anybody waits for shared memory; in dX, which asks more
-  // of it, half h + 3.
-  constexpr bool kDeep = !kForward;
-  constexpr int kSets = kDeep ? 2 : 1;
-  uint32_t operand[16], pairs[kSets][8], words[kForward ? 8 : 4], scales[kSets][kForward ? 4 : 8];
+  // absmax and half h + 2 loaded and looked up, so that hardly anybody waits for shared memory.
+  uint32_t operand[16], pairs[8], words[kForward ? 8 : 4], scales[kForward ? 4 : 8];
   const Consumer self = this_consumer<kForward>();
   const bool blocksize_32 = p.weight.blocksize_log2 == 5;
   // The address of a look-up is the lane's copy of entry 0 and 128 times a byte of the word: one dot product.
@@ -532,40 +518,37 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       ptx::load_matrices_transposed(words, at + half * 2048);
     }
   };
-  const auto look_up_half = [&](uint32_t (&to)[8]) {
+  const auto look_up_half = [&] {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      to[i] = kForward ? look_up(words[i], selector) : look_up(words[i / 2], i % 2 == 0 ? selector : selector << 16);
+      pairs[i] = kForward ? look_up(words[i], selector) : look_up(words[i / 2], i % 2 == 0 ? selector : selector << 16);
     }
   };
   // Forward: of the lane's two rows, for both halves of a step at once. dX: of the half's rows.
   const auto load_scales = [&](int stage, int half) {
     const uint32_t at = scales_at + stage * kScaleBytes;
-    auto& to = scales[kDeep ? half : 0];
     if constexpr (kForward) {
       if (half == 1) return;
       const uint2 low = ptx::load_8(at), high = ptx::load_8(at + to_high * 8);
-      to[0] = low.x, to[1] = high.x, to[2] = low.y, to[3] = high.y;
+      scales[0] = low.x, scales[1] = high.x, scales[2] = low.y, scales[3] = high.y;
     } else {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const uint4 scale = ptx::load_16(at + (2 * half + i) * 64);
-        to[4 * i] = scale.x, to[4 * i + 1] = scale.y, to[4 * i + 2] = scale.z, to[4 * i + 3] = scale.w;
+        scales[4 * i] = scale.x, scales[4 * i + 1] = scale.y, scales[4 * i + 2] = scale.z, scales[4 * i + 3] = scale.w;
       }
     }
   };
   const auto finish_half = [&](int half) {
     uint32_t* a = operand + 8 * half;
-    const auto& from = pairs[kDeep ? half : 0];
-    const auto& by = scales[kDeep ? half : 0];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if constexpr (kForward) {
-        const uint32_t scale = by[2 * half + i % 2];
-        a[i] = scaled<T>(from[i], __byte_perm(scale, scale, 0x1010), __byte_perm(scale, scale, 0x3232));
+        const uint32_t scale = scales[2 * half + i % 2];
+        a[i] = scaled<T>(pairs[i], __byte_perm(scale, scale, 0x1010), __byte_perm(scale, scale, 0x3232));
       } else {
-        a[i] = scaled<T>(__byte_perm(from[i / 2 * 2], from[i / 2 * 2 + 1], i % 2 == 0 ? 0x5410 : 0x7632), by[i / 2 * 2],
-                         by[i / 2 * 2 + 1]);
+        a[i] = scaled<T>(__byte_perm(pairs[i / 2 * 2], pairs[i / 2 * 2 + 1], i % 2 == 0 ? 0x5410 : 0x7632),
+                         scales[i / 2 * 2], scales[i / 2 * 2 + 1]);
       }
     }
   };
@@ -602,29 +585,20 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     if (releases != 0) ptx::arrive_in_rank(release_at + 8 * stage);
   };
 
-  Ring<L::kStages> ring;            // of activations: the slot of this step
-  Ring<L::kRing> ring_w;            // of weights: the next slot that nobody has looked at
-  int steps_w = steps_of_block(p);  // of weights that nobody has looked at
-  int current_w = 0, next_w = 0;    // of weights: the slots of this step and of the next
-  int previous = L::kStages;        // of activations: the slot that products may still read, or "no slot"
-  // The slot of the next step of weights, once it is full; behind the last step the slot that was `last`.
-  const auto take_weights = [&](int last) {
-    const bool more = steps_w > 0;
-    const int stage = more ? ring_w.stage : last;
-    ptx::wait_barrier(full_w(stage), more ? ring_w.phase : ring_w.phase ^ (ring_w.stage == 0 ? 1 : 0));
-    if (more) ring_w.advance(), --steps_w;
-    return stage;
-  };
-  // One step, and the decoding of what follows, of this tile or the next; what is decoded behind the very last step is
-  // never used. Between products, registers may be written in straight lines of code only, or the compiler lets every
-  // product wait for the one before. It also moves arithmetic up across products, where it would wait for its operands,
-  // but not across the loops that wait for slots; so those stand behind the products, and where no slot follows wait
-  // for one that has come.
-  const auto step = [&](bool more_activations) {
+  Ring<L::kStages> ring;      // of activations: the slot of this step
+  Ring<L::kRing> ring_w;      // of weights: the next slot that nobody has looked at
+  int current_w = 0;          // of weights: the slot of this step
+  int previous = L::kStages;  // of activations: the slot that products may still read, or "no slot"
+  // One step, and the decoding of the one that follows, of this tile or the next; what is decoded behind the very last
+  // step is never used. Between products, registers may be written in straight lines of code only, or the compiler lets
+  // every product wait for the one before. It also moves arithmetic up across products, where it would wait for its
+  // operands, but not across the loops that wait for slots; so those stand behind the products, and where no slot
+  // follows wait for one that has come.
+  const auto step = [&](bool more_activations, bool more_weights) {
     const uint32_t b = ptx::operand_128(slot_at(ring.stage));
+    const int next_w = more_weights ? ring_w.stage : current_w;
     Ring<L::kStages> next = ring;
     next.advance();
-    int slot_w = next_w;  // that is loaded from
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       ptx::fence_products();
@@ -633,43 +607,38 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
         ptx::Wgmma<T, kTokens>::add(sum, operand + 4 * chunk, b + 2 * chunk);
       }
       ptx::commit_products();
-      if (half == (kDeep ? 1 : 0)) {
-        slot_w = take_weights(kDeep ? next_w : current_w);
+      if (half == 0) {
+        const uint32_t phase = more_weights ? ring_w.phase : ring_w.phase ^ (ring_w.stage == 0 ? 1 : 0);
+        ptx::wait_barrier(full_w(next_w), phase);
       } else {
         ptx::wait_barrier(full(more_activations ? next.stage : ring.stage), more_activations ? next.phase : ring.phase);
       }
-      const int ahead = kDeep ? half ^ 1 : half;  // the half that is loaded
-      load_words(slot_w, ahead);
+      load_words(next_w, half);
       ptx::wait_products<1>();
       finish_half(half ^ 1);
       if (half == 0) {
         release(previous);
         if (lane == 0) ptx::arrive(empty_w(current_w));
       }
-      look_up_half(pairs[kDeep ? ahead : 0]);
-      load_scales(slot_w, ahead);
+      look_up_half();
+      load_scales(next_w, half);
     }
     previous = ring.stage;
     ring = next;
-    current_w = kDeep ? next_w : slot_w;
-    next_w = slot_w;
+    current_w = next_w;
+    if (more_weights) ring_w.advance();
   };
   // Fills the pipeline with the block's first step.
   const auto start = [&] {
-    current_w = take_weights(0);
-    load_words(current_w, 0);
-    load_scales(current_w, 0);
-    look_up_half(pairs[0]);
+    ptx::wait_barrier(full_w(0), 0);
+    ring_w.advance();
+    load_words(0, 0);
+    load_scales(0, 0);
+    look_up_half();
     finish_half(0);
-    load_words(current_w, 1);
-    look_up_half(pairs[kSets - 1]);
-    load_scales(current_w, 1);
-    if constexpr (kDeep) {
-      next_w = take_weights(current_w);
-      load_words(next_w, 0);
-      look_up_half(pairs[0]);
-      load_scales(next_w, 0);
-    }
+    load_words(0, 1);
+    look_up_half();
+    load_scales(0, 1);
   };
 
   Work work = work_at(p, 0, kTokens);
@@ -739,7 +708,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     ptx::wait_barrier(full(ring.stage), ring.phase);
     int left = work.steps;
     do {
-      step(left > 1);
+      step(left > 1, left > 1 || more_work);
     } while (--left > 0);
     ptx::wait_products<0>();
     ptx::hold_sums(sum);
