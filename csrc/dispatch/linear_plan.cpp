@@ -146,8 +146,8 @@ LinearPlan wgmma_plan(const LinearProblem& p, int tokens, int split) {
   const double steps = static_cast<double>(ceil_div(p.reduction(), 64)),
                lora = static_cast<double>(ceil_div(p.rank, 64));
   // Microseconds: a step (forward, dX), a tile's beginning and end, and the exchange of a shared tile's parts. Fitted
-  // by least squares to 224 plans timed on an H100, of which they put the fastest first but in three cases, within 13
-  // %.
+  // to 224 plans timed on an H100, of which they put the fastest first but in three cases; benchmarks/plan_costs.py
+  // does it anew.
   struct Cost {
     double forward, dx, tile, exchange;
   };
