@@ -69,6 +69,6 @@ def write_results(config: Config, results: dict[str, Any]) -> Path:
     """
     file = Path(config.training.output_dir) / "results.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    content = provenance(to_dict(config)) | {"results": results}
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(provenance(to_dict(config)) | {"results": results}, indent=2, ensure_ascii=False)
+    file.write_text(text.replace(f'"{Path.home()}/', '"~/') + "\n", encoding="utf-8")
     return file
