@@ -199,7 +199,11 @@ def _train(run: _Run, console: Console, model: "PreTrainedModel | None") -> Resu
         console.print(f"Training {run.plan.trainable:,} {what} on {rows}{start}", highlight=False)
 
     metrics: dict[str, Any] = {}
-    before = run.measurements.run(trainer.model, after=False) if run.measurements.before else None
+    before = None
+    if run.measurements.before:
+        # The trainer puts its autocast on the model later; float32 weights beside 16-bit ones need it here already.
+        with trainer.accelerator.autocast():
+            before = run.measurements.run(trainer.model, after=False)
     reset_peak(run.device)
     start_time = time.perf_counter()
     if checkpoint and _is_finished(settings, checkpoint):

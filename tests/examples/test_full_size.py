@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("trl")
 
-TINY = ["model.precision=fp32", "training.max_steps=2", "training.batch_size=2", "training.gradient_accumulation=1"]
+TINY = ["model.precision=bf16", "training.max_steps=2", "training.batch_size=2", "training.gradient_accumulation=1"]
 LABELS = ("negative", "neutral", "positive")
 
 
