@@ -21,7 +21,7 @@ from pyquant.training import Config, ConfigError, parse_config
 from pyquant.training.memory import peak_bytes, reset_peak
 
 METHODS = ("full", "lora", "qlora")
-MISTRAL_7B = {"vocab_size": 32768, "num_key_value_heads": 8, "sliding_window": None, "rope_theta": 1e6}
+MISTRAL_7B = {"vocab_size": 32768, "num_key_value_heads": 8, "sliding_window": None}  # and MistralConfig's defaults
 MARK = "ROW "  # begins the lines by which a process hands its rows over
 OUT_OF_MEMORY = "out of memory"
 
@@ -137,7 +137,7 @@ def measure(model: str | None, random_weights: bool, method: str, cases: list[li
         trained.zero_grad(set_to_none=True)
         gc.collect()
         if device.type == "cuda":
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # so that the next case does not run out for the holes that this one left
         print(MARK + json.dumps(row), flush=True)
 
 

@@ -71,20 +71,26 @@ def test_choose_a_method_says_what_is_out_of_memory(example, words, tmp_path, mo
 
 
 def test_memory_with_random_weights(example, tiny_model, tmp_path):
-    words = ["--random-weights", "--model", tiny_model, "--methods", "full,qlora", "--shapes", "2x32", "--steps", "1"]
+    words = ["--random-weights", "--model", tiny_model, "--methods", "full", "--shapes", "2x32", "--steps", "1"]
     output = example("chat_assistant/memory.py", *words, "-o", "table.json")
     content = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
     assert content["arguments"]["random_weights"] is True
-    assert [(row["method"], row["checkpointing"]) for row in content["rows"]] == [
-        ("full", False),
-        ("full", True),
-        ("qlora", False),
-        ("qlora", True),
-    ]
+    assert [(row["method"], row["checkpointing"]) for row in content["rows"]] == [("full", False), ("full", True)]
     for row in content["rows"]:
         assert row["peak_gib"] > 0.1
         assert row["tokens_per_second"] == pytest.approx(64 / row["seconds_per_step"])
-    assert output.count("| qlora |") == 2
+    assert output.count("| full |") == 2
+
+
+def test_memory_of_several_cases_in_one_process(example, tiny_model):
+    """As on a GPU, where a method's model is loaded once."""
+    cases = [[False, 2, 32], [True, 2, 32], [False, 4, 16]]
+    words = {"model": str(tiny_model), "random_weights": False, "method": "qlora", "cases": cases, "steps": 1}
+    output = example("chat_assistant/memory.py", "--worker", json.dumps(words))
+    rows = [json.loads(line.removeprefix("ROW ")) for line in output.splitlines() if line.startswith("ROW ")]
+    assert [[row["checkpointing"], row["rows"], row["tokens"]] for row in rows] == cases
+    assert all(row["tokens_per_second"] > 0 and "note" not in row for row in rows)
+    assert rows[1]["planned_gib"] < rows[0]["planned_gib"]
 
 
 def test_a_row_that_fails_says_why(example, tmp_path):
@@ -92,6 +98,28 @@ def test_a_row_that_fails_says_why(example, tmp_path):
     rows = json.loads((tmp_path / "runs" / "memory.json").read_text(encoding="utf-8"))["rows"]
     assert len(rows) == 2
     assert all("has no config.json" in row["note"] for row in rows)
+
+
+def test_chat_assistant(example, words, tmp_path):
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"red {i}"},
+                {"role": "assistant", "content": ("yes", "no")[i % 2]},
+            ]
+        }
+        for i in range(40)
+    ]
+    overrides = [*words(chats), f"data.eval={tmp_path / 'rows.jsonl'}", "data.eval_limit=6", "data.max_length=64"]
+    overrides += ["training.global_batch_size=4", "training.batch_size=2", "evaluation.max_new_tokens=4"]
+    example("chat_assistant/run.py", *overrides, "--questions", "5", "--batch-size", "2")
+    found = results(tmp_path / "runs" / "ultrachat")
+    assert found["gradient_accumulation"] == 2
+    assert found["eval_rows"] == 6
+    assert set(found["inference"]) == {"one at a time", "batched", "batched and compiled"}
+    assert all(way["same"] <= 5 and way["tokens_per_second"] > 0 for way in found["inference"].values())
+    statement = json.loads((tmp_path / "runs" / "ultrachat" / "merged" / "pyquant-merge.json").read_text())
+    assert statement["base_weights"] == "16bit"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,6 @@ def test_sentiment(example, tmp_path):
     folder = tmp_path / "runs" / "sentiment"
     found = results(folder)
     assert set(found) == {"lora", "qlora"}
-    labels = {"strong negative", "neutral", "mildly positive"}
     for method, metrics in found.items():
         assert metrics["method"] == method
         for when in ("before", "after"):
@@ -42,8 +41,8 @@ def test_sentiment(example, tmp_path):
             assert sum(map(sum, metrics[when]["confusion_matrix"])) == 8
         for file in ("confusion-before.png", "confusion.png"):
             assert (folder / method / file).read_bytes().startswith(b"\x89PNG")
-        # Untrained adapters change nothing: 4-bit weights alone set the two apart.
-        labels &= set(metrics["after"]["labels"])
+        assert len(metrics["after"]["labels"]) == 7
+    # Untrained adapters change nothing: 4-bit weights alone set the two apart.
     assert found["lora"]["before"]["general_perplexity"] < found["qlora"]["before"]["general_perplexity"]
     assert found["lora"]["trainable"] == found["qlora"]["trainable"]
     assert len(rows(output)["accuracy"]) == 4
@@ -79,22 +78,33 @@ def test_role_prompts(example, tmp_path):
     assert [shown["prompt"] for shown in found["examples"]] == ["Act as science\nPrompt: ", "Act as trivia\nPrompt: "]
 
 
+def test_chat_assistant(example, tmp_path):
+    words = ["data.eval_limit=4", "evaluation.generate=2", "evaluation.max_new_tokens=4"]
+    output = example("chat_assistant/run.py", "--small", *FEW, *words, "--questions", "3", "--batch-size", "2")
+    found = results(tmp_path / "runs" / "chat-assistant")
+    finite(found["after"], "perplexity", "token_accuracy", "bleu", "rouge_l", "ended", "general_perplexity")
+    assert found["data"]["targets"] < found["data"]["tokens"]  # what the assistant says alone
+    assert len(rows(output)["batched and compiled"]) == 4
+    assert (tmp_path / "runs" / "chat-assistant" / "merged" / "model.safetensors").is_file()
+
+
 def test_choose_a_method(example, tmp_path):
-    output = example("choose_a_method/run.py", "--small", *FEW, "data.eval_limit=8")
+    few = ["--small", *FEW, "data.eval_limit=8"]
+    output = example("choose_a_method/run.py", *few, "--methods", "full,partial,qlora")
     found = results(tmp_path / "runs" / "choose-a-method")
-    assert list(found) == ["full", "partial", "lora", "qlora"]
+    assert list(found) == ["full", "partial", "qlora"]
     for method, row in found.items():
         finite(row, "accuracy", "macro_f1", "forgetting", "peak_gb", "seconds", "saved_mb")
         assert row["metrics"]["method"] == method
         assert row["metrics"]["steps"] == 2
-    assert found["full"]["peak_gb"] > found["lora"]["peak_gb"]
+    assert found["full"]["peak_gb"] > found["qlora"]["peak_gb"]
     assert found["full"]["saved_mb"] == pytest.approx(269, rel=0.01)
-    assert found["lora"]["saved_mb"] == pytest.approx(4 * 4.884, rel=0.01)  # float32
+    assert found["qlora"]["saved_mb"] == pytest.approx(4 * 4.884, rel=0.01)  # float32
     table = rows(output)
-    assert [len(table[method]) for method in found] == [7] * 4
+    assert [len(table[method]) for method in found] == [7] * 3
     assert (tmp_path / "runs" / "choose-a-method" / "methods.png").read_bytes().startswith(b"\x89PNG")
     # A run that has ended is not run again.
-    again = example("choose_a_method/run.py", "--small", "--methods", "qlora", *FEW, "data.eval_limit=8")
+    again = example("choose_a_method/run.py", *few, "--methods", "qlora")
     assert "holds a finished run: not run again" in again
     assert rows(again)["qlora"] == table["qlora"]
 
