@@ -50,7 +50,7 @@ def test_role_prompts(example, words, tmp_path):
     example("role_prompts/run.py", *overrides, "--max-new-tokens", "4")
     found = results(tmp_path / "runs" / "awesome-prompts")
     assert found["batch_size"] * found["gradient_accumulation"] == 16
-    assert found["examples"][0]["prompt"] == "Act as Astronomer\nPrompt: "
+    assert found["examples"][0]["prompt"] == "Act as Astronomer\nPrompt:\n"
 
 
 def test_choose_a_method_says_what_is_out_of_memory(example, words, tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ def test_role_prompts(example, tmp_path):
     assert found["data"]["targets"] == found["data"]["tokens"]  # plain language modelling
     assert found["batch_size"] * found["gradient_accumulation"] == 8
     assert f"Batch size found: {found['batch_size']} rows" in output
-    assert [shown["prompt"] for shown in found["examples"]] == ["Act as science\nPrompt: ", "Act as trivia\nPrompt: "]
+    assert [shown["prompt"] for shown in found["examples"]] == ["Act as science\nPrompt:\n", "Act as trivia\nPrompt:\n"]
 
 
 def test_chat_assistant(example, tmp_path):
