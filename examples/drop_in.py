@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
+from pyquant.bench.provenance import provenance
 from pyquant.cli import run
 from pyquant.demo.tasks import write_task
 from pyquant.training import ConfigError, UserError
@@ -24,6 +26,7 @@ def main(
     data: Annotated[Optional[Path], typer.Option(help="JSONL of instruction, input and output.")] = None,  # noqa: UP045
     small: Annotated[bool, typer.Option("--small", help="A 135M model and small data, for a CPU, offline.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each.")] = 10,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The result as JSON.")] = Path("runs/drop-in.json"),
 ) -> None:
     """Show the difference between the two scripts, run both, and show their losses and times."""
     console = Console()
@@ -37,16 +40,22 @@ def main(
     for line in difflib.unified_diff(*texts, *names, n=0):
         console.print(line, end="", markup=False, highlight=False, soft_wrap=True)
     console.print()
+    results = {}
     for library, script in SCRIPTS.items():
         if importlib.util.find_spec(library) is None:
             console.print(f"{library:>12}  not installed, so not run: pip install {library}", highlight=False)
             continue
         command = [sys.executable, str(script), model, str(data), str(steps)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = re.search(r"^\d.* s a step; losses .*$", done.stdout, re.MULTILINE)
+        found = re.search(r"^([\d.]+) s a step; losses (.*)$", done.stdout, re.MULTILINE)
         if done.returncode or not found:
             raise UserError(f"{script.name} failed: {(done.stderr.strip() or 'no result').splitlines()[-1]}")
         console.print(f"{library:>12}  {found[0]}", highlight=False, soft_wrap=True)
+        results[library] = {"seconds_per_step": float(found[1]), "losses": json.loads(found[2])}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(provenance({"model": model, "data": str(data), "steps": steps}) | {"results": results}, indent=2)
+    output.write_text(text.replace(f'"{Path.home()}/', '"~/') + "\n", encoding="utf-8")
+    console.print(f"Results: {output}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
