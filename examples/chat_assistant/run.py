@@ -30,6 +30,7 @@ def main(
     small: Small = False,
     questions: Annotated[int, typer.Option(min=1, help="Held-out questions to answer.")] = 32,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 16,
+    compiled: Annotated[bool, typer.Option(help="Also answer with a compiled step.")] = True,
 ) -> None:
     """Fine-tune on conversations, evaluate before and after, merge, and compare three ways to answer.
 
@@ -47,13 +48,14 @@ def main(
     prompts = [prompt for prompt, _ in pairs]
     limit = config.evaluation.max_new_tokens
 
-    ways = {"one at a time": (1, False), "batched": (batch_size, False), "batched and compiled": (batch_size, True)}
+    ways = {"one at a time": (1, False), "batched": (batch_size, False)}
+    ways |= {"batched and compiled": (batch_size, True)} if compiled else {}
     speeds, answers = {}, {}
-    for way, (size, compiled) in ways.items():
+    for way, (size, compile_step) in ways.items():
         # The first time compiles; the speed is that of the second.
-        for _ in range(1 + compiled):
+        for _ in range(1 + compile_step):
             start = time.perf_counter()
-            answers[way] = generate_batch(model, tokenizer, prompts, limit, size, "never", compiled=compiled)
+            answers[way] = generate_batch(model, tokenizer, prompts, limit, size, "never", compiled=compile_step)
             seconds = time.perf_counter() - start
         tokens = sum(answer.tokens for answer in answers[way])
         same = sum(a.text == b.text for a, b in zip(answers[way], answers["one at a time"], strict=True))
