@@ -58,12 +58,12 @@ def main(
     config.training.output_dir = str(output)
     rows = [[name, *(row.get(key, "") for key in COLUMNS), row.get("note", "")] for name, row in results.items()]
     console.print(markdown_table(["method", *COLUMNS.values(), ""], rows), soft_wrap=True, highlight=False)
+    file = write_results(config, results)
     done = {name: row for name, row in results.items() if "accuracy" in row}
-    panels = {title: [row.get(key) for row in done.values()] for key, title in COLUMNS.items()}
-    plot_bars(list(done), panels, output / "methods.png")
-    console.print(
-        f"Results: {write_results(config, results)}, {output / 'methods.png'}", highlight=False, soft_wrap=True
-    )
+    if done:
+        panels = {title: [row.get(key) for row in done.values()] for key, title in COLUMNS.items()}
+        plot_bars(list(done), panels, output / "methods.png")
+    console.print(f"Results: {file}", highlight=False, soft_wrap=True)
 
 
 def fine_tune(config: Config, console: Console) -> dict[str, Any]:
@@ -89,10 +89,11 @@ def fine_tune(config: Config, console: Console) -> dict[str, Any]:
     row = {
         "accuracy": after["accuracy"],
         "macro_f1": after["macro_f1"],
-        "peak_gb": metrics["peak_memory_bytes"] / 1e9,
         "seconds": metrics["train_seconds"],
         "saved_mb": sum(weight.stat().st_size for weight in weights) / 1e6,
     }
+    if metrics["peak_memory_bytes"] is not None:
+        row["peak_gb"] = metrics["peak_memory_bytes"] / 1e9
     if "general_perplexity" in after:
         row["forgetting"] = after["general_perplexity"] / before["general_perplexity"]
     if metrics["resumed_from_step"]:
