@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,10 @@ def test_the_demo_example_is_the_demos():
 
     demo = load_config(Path(pyquant.demo.__file__).with_name("sentiment.yaml"))
     assert load_config(EXAMPLES / "sentiment" / "demo.yaml") == demo
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*/README.md")), ids=lambda file: file.parent.name)
+def test_every_link_leads_to_a_file(file):
+    targets = re.findall(r"\]\(([^)#]+)\)", file.read_text(encoding="utf-8"))
+    assert targets
+    assert [target for target in targets if not (file.parent / target).exists()] == []
