@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -17,7 +18,7 @@ from .bench.cli import app as bench_app
 from .training.config import describe_keys
 from .training.errors import ConfigError, UserError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run"]
 
 app = typer.Typer(
     help="Fast, trustworthy QLoRA: fine-tune, evaluate and run Mistral models on 4-bit weights.",
@@ -383,12 +384,23 @@ _console = Console()
 
 def main() -> None:
     """Run the command line; a user's mistake ends it with one sentence and exit code 1 or 2."""
+    _run(app)
+
+
+def run(function: Callable[..., None]) -> None:
+    """Make a command line of a function, as typer does, that ends a user's mistake as `main` does."""
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    command.command()(function)
+    _run(command)
+
+
+def _run(command: typer.Typer) -> None:
     # The libraries below warn of their own deprecations, about which a user of this command can do nothing.
     warnings.simplefilter("ignore", FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # a dozen bars before the run's own
     try:
-        app()
+        command()
     except UserError as error:
         Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)

@@ -1,13 +1,30 @@
 """Text from a model with or without an adapter, in 16 or 4 bits."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["generate_text", "load_for_inference"]
+__all__ = ["Answer", "generate_batch", "generate_text", "load_for_inference"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote.
+
+    Attributes:
+        text: without special tokens and surrounding white space.
+        tokens: new tokens, the end token included.
+        ended: whether it reached an end token, rather than the limit.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
 
 
 def load_for_inference(
@@ -87,6 +104,74 @@ def generate_text(
         **sampling,
     )
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    chat_template: str = "auto",
+    compiled: bool = False,
+) -> list[Answer]:
+    """Continue many prompts with the likeliest tokens, several at a time; one answer a prompt, in their order.
+
+    A row's sums are taken in another order when others are beside it, so that in 16 bits an answer can turn out
+    differently from `generate_text`'s where two tokens are about as likely.
+
+    Args:
+        batch_size: prompts in a forward pass; those of like length go together.
+        chat_template: see `generate_text`.
+        compiled: compile the step from token to token, with a cache of fixed size. All batches then have one shape. It
+            takes a minute or more, once for each shape.
+    """
+    from .training.config import DataConfig
+    from .training.data import render_prompt
+
+    texts = [render_prompt(prompt, tokenizer, DataConfig(chat_template=chat_template)) for prompt in prompts]
+    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    order = sorted(range(len(texts)), key=lengths.__getitem__)
+    ends = _ends(model, tokenizer)
+    padding: dict[str, Any] = {"padding": True}
+    options: dict[str, Any] = {}
+    if compiled:
+        padding = {"padding": "max_length", "max_length": max(lengths)}
+        options = {"cache_implementation": "static", "compile_config": _compile_config(model.device)}
+    answers: dict[int, Answer] = {}
+    for at in range(0, len(order), batch_size):
+        chunk = order[at : at + batch_size]
+        rows = [texts[i] for i in chunk]
+        if compiled:
+            rows += rows[-1:] * (batch_size - len(rows))
+        # Padded on the left, so that every prompt ends where its answer begins.
+        inputs = tokenizer(rows, return_tensors="pt", return_token_type_ids=False, padding_side="left", **padding).to(
+            model.device
+        )
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ends,
+            **options,
+        )
+        for index, ids in zip(chunk, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=False):
+            end = next((place for place, token in enumerate(ids) if token in ends), None)
+            ids = ids if end is None else ids[: end + 1]
+            answers[index] = Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), end is not None)
+    return [answers[index] for index in range(len(texts))]
+
+
+def _compile_config(device: torch.device):
+    from transformers import CompileConfig
+
+    if device.type != "cpu":
+        return CompileConfig(fullgraph=False)
+    config = CompileConfig(fullgraph=False, mode="default")  # the default mode is CUDA graphs
+    config._compile_all_devices = True  # generate compiles on accelerators alone unless told so
+    return config
 
 
 def _ends(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:

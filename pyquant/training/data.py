@@ -2,6 +2,7 @@
 
 import random
 import string
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["load_rows", "load_splits", "render_prompt"]
+__all__ = ["load_rows", "load_splits", "render_prompt", "row_prompt"]
 
 _MESSAGES = "write a list of {role: user, content: ...} and {role: assistant, content: ...}"
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -43,6 +44,8 @@ def load_splits(config: DataConfig, seed: int) -> tuple["Dataset", "Dataset | No
         held_out, train = train.select(sorted(order[:count])), train.select(sorted(order[count:]))
     if config.limit is not None:
         train = train.select(range(min(config.limit, len(train))))
+    if held_out is not None and config.eval_limit is not None:
+        held_out = held_out.select(range(min(config.eval_limit, len(held_out))))
     return train, held_out
 
 
@@ -80,6 +83,22 @@ def load_rows(source: str, config: DataConfig | None = None) -> "Dataset":
         return {"prompt": fields["prompt"](row), "completion": row[fields["completion"]]}
 
     return dataset.map(convert, remove_columns=dataset.column_names, desc=None)
+
+
+def row_prompt(row: Mapping[str, str], tokenizer: "PreTrainedTokenizerBase", config: DataConfig | None = None) -> str:
+    """The prompt that a model was trained on for a row of these columns: through ``data.prompt`` or the columns prompt,
+    or instruction and input, and the chat template.
+
+    Raises:
+        DataError: the row lacks a column, or has none that makes a prompt.
+    """
+    config = config or DataConfig()
+    found = _prompt("the row", list(row), config)
+    if found is None:
+        raise DataError(
+            f"the row has the columns {', '.join(row)}, which make no prompt; set data.prompt to a template."
+        )
+    return render_prompt(found[1](row), tokenizer, config)
 
 
 def render_prompt(prompt: str, tokenizer: "PreTrainedTokenizerBase", config: DataConfig | None = None) -> str:
@@ -152,11 +171,7 @@ def _fields(source: str, columns: list[str], config: DataConfig) -> dict[str, An
     """Decide which columns make the prompt and the completion, or the text."""
 
     def need(column: str, key: str) -> str:
-        if column not in columns:
-            raise DataError(
-                f"{source} has no column {column}, which {key} names; its columns are {', '.join(columns)}."
-            )
-        return column
+        return _need(source, columns, column, key)
 
     if config.text is not None:
         text = need(config.text, "data.text")
@@ -167,24 +182,10 @@ def _fields(source: str, columns: list[str], config: DataConfig) -> dict[str, An
     completion = None
     if config.completion is not None:
         completion = need(config.completion, "data.completion")
-    if config.prompt is not None:
-        try:
-            used = [name for _, name, _, _ in string.Formatter().parse(config.prompt) if name is not None]
-        except ValueError as error:
-            raise DataError(f"data.prompt is not a template: {error}; write columns as {{column}}.") from error
-        if not used:
-            raise DataError("data.prompt names no column; write columns as {column}.")
-        used = [need(name, "data.prompt") for name in used]
-        template = config.prompt
-        prompt = lambda row: template.format(**{name: row[name] or "" for name in used})  # noqa: E731
-    elif "prompt" in columns:
-        used, prompt = ["prompt"], lambda row: row["prompt"]
-    elif "instruction" in columns:
-        used = [name for name in ("instruction", "input") if name in columns]
-        prompt = lambda row: "\n\n".join(row[name] for name in used if row[name])  # noqa: E731
-    elif "text" in columns and completion is None:
-        return {"text": "text", "columns": ["text"]}
-    else:
+    found = _prompt(source, columns, config)
+    if found is None:
+        if "text" in columns and completion is None:
+            return {"text": "text", "columns": ["text"]}
         raise DataError(
             f"{source} has none of the columns prompt, instruction, messages and text; its columns are "
             f"{', '.join(columns)}: set data.prompt to a template such as {{question}}, and "
@@ -196,4 +197,32 @@ def _fields(source: str, columns: list[str], config: DataConfig) -> dict[str, An
         raise DataError(
             f"{source} has no column completion or output; its columns are {', '.join(columns)}: set data.completion."
         )
-    return {"prompt": prompt, "completion": completion, "columns": [*used, completion]}
+    return {"prompt": found[1], "completion": completion, "columns": [*found[0], completion]}
+
+
+def _prompt(
+    source: str, columns: list[str], config: DataConfig
+) -> tuple[list[str], Callable[[Mapping[str, Any]], str]] | None:
+    """The columns that make the prompt, and how; None where there are none."""
+    if config.prompt is not None:
+        try:
+            used = [name for _, name, _, _ in string.Formatter().parse(config.prompt) if name is not None]
+        except ValueError as error:
+            raise DataError(f"data.prompt is not a template: {error}; write columns as {{column}}.") from error
+        if not used:
+            raise DataError("data.prompt names no column; write columns as {column}.")
+        used = [_need(source, columns, name, "data.prompt") for name in used]
+        template = config.prompt
+        return used, lambda row: template.format(**{name: row[name] or "" for name in used})
+    if "prompt" in columns:
+        return ["prompt"], lambda row: row["prompt"]
+    if "instruction" in columns:
+        used = [name for name in ("instruction", "input") if name in columns]
+        return used, lambda row: "\n\n".join(row[name] for name in used if row[name])
+    return None
+
+
+def _need(source: str, columns: list[str], column: str, key: str) -> str:
+    if column not in columns:
+        raise DataError(f"{source} has no column {column}, which {key} names; its columns are {', '.join(columns)}.")
+    return column

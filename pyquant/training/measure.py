@@ -66,7 +66,8 @@ class Measurements:
 
         Returns:
             loss, perplexity and token_accuracy of the evaluation rows; with classify those of `classification_scores`,
-            with generate bleu and rouge_l; and general_perplexity. Before training only what is wanted then.
+            with generate bleu, rouge_l and ended (the part of the answers that reach an end token); and
+            general_perplexity. Before training only what is wanted then.
         """
         training = model.training
         result: dict[str, Any] = {}
@@ -97,13 +98,13 @@ class Measurements:
         return result
 
     def _answer(self, model: "PreTrainedModel", count: int) -> dict[str, float]:
-        from ..generation import generate_text
+        from ..generation import generate_batch
 
-        answers = [
-            generate_text(model, self._tokenizer, prompt, self._settings.max_new_tokens, chat_template="never")
-            for prompt in self._prompts[:count]
-        ]
-        return answer_scores(answers, [answer.strip() for answer in self._answers[:count]])
+        answers = generate_batch(
+            model, self._tokenizer, self._prompts[:count], self._settings.max_new_tokens, self._batch, "never"
+        )
+        scores = answer_scores([a.text for a in answers], [answer.strip() for answer in self._answers[:count]])
+        return scores | {"ended": sum(answer.ended for answer in answers) / len(answers)}
 
     def _find_labels(self) -> list[str]:
         found = sorted(set(self._answers))

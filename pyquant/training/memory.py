@@ -1,6 +1,8 @@
 """Bytes of a model's weights: measured on a loaded model, or computed from its configuration alone."""
 
+import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +12,7 @@ from .config import QuantizationConfig
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["estimate_bytes", "format_bytes", "linear_bytes", "weight_bytes"]
+__all__ = ["estimate_bytes", "format_bytes", "linear_bytes", "peak_bytes", "reset_peak", "weight_bytes"]
 
 _NESTED_BLOCKSIZE = 256
 
@@ -52,6 +54,28 @@ def estimate_bytes(config: "PretrainedConfig", quantization: QuantizationConfig)
         "bytes_16bit": 2 * total,
         "bytes_4bit": 2 * (total - linear) + packed,
     }
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_bytes` count from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # where there is no such file, or it may not be written
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory in use since `reset_peak`: what torch had allocated on a GPU, or on a CPU the resident memory of
+    this process, interpreter and libraries included. None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return None
 
 
 def format_bytes(count: int) -> str:

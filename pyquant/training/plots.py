@@ -1,11 +1,11 @@
 """A run's curves and its confusion matrix."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .errors import require
 
-__all__ = ["plot_confusion", "plot_loss"]
+__all__ = ["plot_bars", "plot_confusion", "plot_loss"]
 
 
 def plot_loss(history: list[dict], file: Path) -> None:
@@ -41,6 +41,31 @@ def plot_confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str], file:
     display = ConfusionMatrixDisplay(numpy.array(matrix), display_labels=[label.strip() for label in labels])
     display.plot(ax=figure.add_subplot(), cmap="Blues", xticks_rotation=45, colorbar=False)
     display.ax_.set(xlabel="predicted", ylabel="expected", title=title)
+    figure.savefig(file, dpi=120)
+
+
+def plot_bars(names: Sequence[str], panels: Mapping[str, Sequence[float | None]], file: Path) -> None:
+    """Draw one panel of horizontal bars for each measurement, into a PNG.
+
+    Args:
+        names: of the bars, the same in every panel.
+        panels: the values of each measurement, by its title; a None has no bar, a panel of them is left out.
+    """
+    panels = {title: values for title, values in panels.items() if any(value is not None for value in values)}
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(3.6 * columns, rows * (1.2 + 0.3 * len(names)))
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, values) in zip(grid, panels.items(), strict=False):
+        bars = axes.barh(range(len(names)), [value or 0.0 for value in values], height=0.6)
+        axes.bar_label(bars, ["" if value is None else f"{value:.3g}" for value in values], padding=2)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.margins(x=0.2)
+        axes.set_title(title, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)
 
 

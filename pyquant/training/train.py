@@ -26,6 +26,7 @@ from .errors import ConfigError, DataError, full_disk_is_an_error, require
 from .hub import check_hub, upload
 from .launch import is_main_process, uses_fsdp
 from .measure import Measurements
+from .memory import peak_bytes, reset_peak
 from .merge import merge
 from .methods import choose_trainable, fit_vocabulary, resolve_method, uses_adapter
 from .models import (
@@ -94,7 +95,8 @@ def train(config: Config, console: Console | None = None, model: "PreTrainedMode
 
     Leaves in ``training.output_dir``: ``adapter/``, or ``model/`` for the methods partial and full, each with the
     tokenizer and a model card; ``merged/`` where asked; ``metrics.json``, ``loss.png``, ``confusion.png`` where labels
-    are ranked, ``config.yaml``, ``tensorboard/`` and the last ``checkpoint-*`` folders.
+    are ranked (``confusion-before.png`` where that was measured), ``config.yaml``, ``tensorboard/`` and the last
+    ``checkpoint-*`` folders.
 
     Args:
         config: see `pyquant.training.config`.
@@ -197,7 +199,12 @@ def _train(run: _Run, console: Console, model: "PreTrainedModel | None") -> Resu
         console.print(f"Training {run.plan.trainable:,} {what} on {rows}{start}", highlight=False)
 
     metrics: dict[str, Any] = {}
-    before = run.measurements.run(trainer.model, after=False) if run.measurements.before else None
+    before = None
+    if run.measurements.before:
+        # The trainer puts its autocast on the model later; float32 weights beside 16-bit ones need it here already.
+        with trainer.accelerator.autocast():
+            before = run.measurements.run(trainer.model, after=False)
+    reset_peak(run.device)
     start_time = time.perf_counter()
     if checkpoint and _is_finished(settings, checkpoint):
         # Trainer would take one step more. A run killed after its last checkpoint only lacks the results.
@@ -221,9 +228,8 @@ def _train(run: _Run, console: Console, model: "PreTrainedModel | None") -> Resu
         "precision": str(dtype).removeprefix("torch."),
         "data": prepared.metrics(),
         "planned_memory_bytes": run.plan.memory,
+        "peak_memory_bytes": peak_bytes(run.device),
     }
-    if run.device.type == "cuda":
-        metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated(run.device)
     after = run.measurements.run(trainer.model)
     if prepared.eval is not None:
         # Over all target tokens alike; Trainer's own value is a mean of batches.
@@ -259,12 +265,12 @@ def _save(run: _Run, trainer: "SFTTrainer", metrics: dict[str, Any], dtype: torc
         from .plots import plot_loss
 
         plot_loss(metrics["log"], output / "loss.png")
-    scores = metrics["after"] or {}
-    if "confusion_matrix" in scores:
-        from .plots import plot_confusion
+    for scores, file in ((metrics["before"], "confusion-before.png"), (metrics["after"], "confusion.png")):
+        if scores and "confusion_matrix" in scores:
+            from .plots import plot_confusion
 
-        title = f"accuracy {scores['accuracy']:.3f}, macro F1 {scores['macro_f1']:.3f}"
-        plot_confusion(scores["confusion_matrix"], scores["labels"], output / "confusion.png", title)
+            title = f"accuracy {scores['accuracy']:.3f}, macro F1 {scores['macro_f1']:.3f}"
+            plot_confusion(scores["confusion_matrix"], scores["labels"], output / file, title)
     if settings.merge != "none":
         merged = output / "merged"
         if (merged / "pyquant-merge.json").is_file():

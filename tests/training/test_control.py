@@ -172,7 +172,8 @@ def test_measuring_changes_no_loss(settings, tmp_path, data_file):
     settings["training"]["output_dir"] = str(tmp_path / "measured")
     run = train(parse_config(settings))
     assert [e["loss"] for e in run.metrics["log"] if "loss" in e] == [e["loss"] for e in plain]
-    assert (tmp_path / "measured" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    for file in ("confusion-before.png", "confusion.png"):
+        assert (tmp_path / "measured" / file).read_bytes().startswith(b"\x89PNG")
     scores = run.metrics["after"]
     right = sum(scores["confusion_matrix"][i][i] for i in range(2))
     assert scores["accuracy"] == right / 36

@@ -3,9 +3,10 @@ import json
 import pytest
 
 from pyquant.training.config import DataConfig
-from pyquant.training.data import load_rows, load_splits, render_prompt
+from pyquant.training.data import load_rows, load_splits, render_prompt, row_prompt
 from pyquant.training.errors import DataError
 from pyquant.training.models import load_tokenizer
+from pyquant.training.tokens import prompt_and_answer
 
 pytest.importorskip("datasets")
 
@@ -90,8 +91,35 @@ def test_held_out_rows_are_not_trained_on(tmp_path):
     assert set(train["prompt"]) | set(held_out["prompt"]) == {row["prompt"] for row in rows}
     assert not set(train["prompt"]) & set(held_out["prompt"])
     assert load_splits(config, seed=3)[1]["prompt"][:] == held_out["prompt"][:]
-    config.limit = 5
-    assert len(load_splits(config, seed=3)[0]) == 5
+    config.limit, config.eval_limit = 5, 3
+    limited = load_splits(config, seed=3)
+    assert [len(part) for part in limited] == [5, 3]
+    assert limited[1]["prompt"][:] == held_out["prompt"][:3]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ({"instruction": "say", "input": "red"}, {}),
+        ({"instruction": "say", "input": ""}, {}),
+        ({"prompt": "red"}, {"chat_template": "never"}),
+        ({"act": "cat", "other": "x"}, {"prompt": "As {act}:", "completion": "answer"}),
+    ],
+)
+def test_a_rows_prompt_is_the_one_that_is_trained_on(tiny_model, tmp_path, row, settings):
+    tokenizer = load_tokenizer(str(tiny_model))
+    config = DataConfig(**settings)
+    file = write(tmp_path, [row | {config.completion or "output": "yes"}])
+    prompt, _ = prompt_and_answer(load_rows(file, config)[0], tokenizer, config)
+    assert row_prompt(row, tokenizer, config) == prompt
+
+
+def test_a_row_without_a_prompt_is_refused(tiny_model):
+    tokenizer = load_tokenizer(str(tiny_model))
+    with pytest.raises(DataError, match=r"the row has the columns a, b, which make no prompt; set data\.prompt"):
+        row_prompt({"a": "x", "b": "y"}, tokenizer)
+    with pytest.raises(DataError, match=r"the row has no column act, which data\.prompt names"):
+        row_prompt({"a": "x"}, tokenizer, DataConfig(prompt="{act}"))
 
 
 def test_the_start_token_comes_once(tiny_model):

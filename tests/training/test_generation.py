@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pyquant.generation import generate_text, load_for_inference
+from pyquant.generation import generate_batch, generate_text, load_for_inference
 from pyquant.training.config import QuantizationConfig
 from pyquant.training.errors import ConfigError
 from pyquant.training.quantize import quantize
@@ -60,3 +60,35 @@ def test_greedy_is_the_likeliest_token_and_sampling_is_seeded(tiny_model):
 
     assert sample(1) == sample(1)
     assert len({sample(seed) for seed in range(4)}) > 1
+
+
+PROMPTS = ["red red", "red blue", "the cat sat on the mat", "green", "blue blue green red"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_a_batch_answers_as_one_by_one(tiny_model, adapter, batch_size):
+    model, tokenizer = load_for_inference(str(tiny_model), str(adapter), precision="fp32")
+    for template in ("never", "always"):
+        alone = [generate_text(model, tokenizer, prompt, 8, chat_template=template) for prompt in PROMPTS]
+        answers = generate_batch(model, tokenizer, PROMPTS, 8, batch_size, template)
+        assert [answer.text for answer in answers] == alone
+    assert len(set(alone)) > 1
+
+
+def test_an_answer_knows_whether_it_ended(tiny_model, adapter):
+    model, tokenizer = load_for_inference(str(tiny_model), str(adapter), precision="fp32")
+    (whole,) = generate_batch(model, tokenizer, ["red red"], 8, chat_template="never")
+    assert whole.ended
+    assert whole.tokens == len(tokenizer(" " + whole.text, add_special_tokens=False)["input_ids"]) + 1
+    (cut,) = generate_batch(model, tokenizer, ["red red"], whole.tokens - 1, chat_template="never")
+    assert (cut.text, cut.tokens, cut.ended) == (whole.text, whole.tokens - 1, False)
+
+
+def test_a_compiled_batch_answers_the_same(tiny_model, adapter):
+    model, tokenizer = load_for_inference(str(tiny_model), str(adapter), precision="fp32")
+    expected = generate_batch(model, tokenizer, PROMPTS, 6, 2, "never")
+    calls, base = [], model.get_base_model()
+    compiled = base.get_compiled_call
+    base.get_compiled_call = lambda config: calls.append(config) or compiled(config)
+    assert generate_batch(model, tokenizer, PROMPTS, 6, 2, "never", compiled=True) == expected
+    assert len(calls) == 3  # every batch of two

@@ -1,8 +1,11 @@
+import sys
+
 import pytest
+import torch
 
 import pyquant
 from pyquant.training.config import ModelConfig, QuantizationConfig
-from pyquant.training.memory import estimate_bytes, format_bytes, linear_bytes, weight_bytes
+from pyquant.training.memory import estimate_bytes, format_bytes, linear_bytes, peak_bytes, reset_peak, weight_bytes
 from pyquant.training.models import check_model, load_base, quantize
 
 
@@ -20,6 +23,18 @@ def test_the_estimate_is_what_is_measured(tiny_model, double_quant):
     codebooks = weight_bytes(model) - buffers - estimate["bytes_4bit"]
     # Two small tables, or at most one pair for each of the 14 layers.
     assert 16 * 4 <= codebooks <= 14 * (16 + 256) * 4
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_peak_on_a_cpu_is_of_what_came_since():
+    device, size = torch.device("cpu"), 200 * 2**20
+    reset_peak(device)
+    before = peak_bytes(device)
+    torch.zeros(size, dtype=torch.uint8).add_(1)  # freed at once
+    # Linux counts pages in batches, so that a few are always missing.
+    assert 0.9 * size < peak_bytes(device) - before < 1.5 * size
+    reset_peak(device)
+    assert abs(peak_bytes(device) - before) < size // 2
 
 
 def test_format_bytes():

@@ -58,6 +58,20 @@ def test_full_trains_all_saves_a_model_and_resumes(settings, tmp_path):
     assert all(torch.equal(value, a[key]) for key, value in load_file(again.folder / "model.safetensors").items())
 
 
+@pytest.mark.parametrize("method", ["qlora", "lora", "partial", "full"])
+def test_before_and_after_are_measured_in_16_bits(settings, data_file, method):
+    """Weights in float32 beside 16-bit ones, as partial has them, are measured as they are trained: under autocast."""
+    settings["model"]["precision"] = "bf16"
+    settings["data"]["eval"] = str(data_file)
+    settings["evaluation"] = {"before": True, "classify": True}
+    settings["partial"] = {"last_layers": 1}
+    settings["training"] |= {"method": method, "max_steps": 1, "learning_rate": 0.0}
+    metrics = train(parse_config(settings)).metrics
+    before, after = metrics["before"], metrics["after"]
+    assert before["loss"] == pytest.approx(after["loss"], rel=1e-6)
+    assert before["confusion_matrix"] == after["confusion_matrix"]
+
+
 def test_rslora_and_dora_reach_the_layers(settings):
     settings["adapter"] |= {"r": 16, "alpha": 8, "rslora": True, "dora": True}
     config = parse_config(settings)

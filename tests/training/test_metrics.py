@@ -2,7 +2,7 @@ import pytest
 
 from pyquant.training.errors import UserError
 from pyquant.training.metrics import answer_scores, classification_scores
-from pyquant.training.plots import plot_confusion
+from pyquant.training.plots import plot_bars, plot_confusion
 
 
 def test_classification_scores_by_hand(tmp_path):
@@ -15,6 +15,17 @@ def test_classification_scores_by_hand(tmp_path):
     assert scores["confusion_matrix"] == [[2, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     plot_confusion(scores["confusion_matrix"], scores["labels"], tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bars_leave_out_what_nothing_was_measured_of(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "bar_label", lambda axes, bars, labels, **options: drawn.append(labels))
+    panels = {"accuracy": [0.5, 0.25], "memory": [1.5, None], "nothing": [None, None], "time": [0.0, 1234.5]}
+    plot_bars(["full", "lora"], panels, tmp_path / "bars.png")
+    assert drawn == [["0.5", "0.25"], ["1.5", ""], ["0", "1.23e+03"]]
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_answer_scores_by_hand():

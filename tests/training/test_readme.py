@@ -59,3 +59,16 @@ def test_every_link_leads_to_a_file():
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     assert targets
     assert [target for target in targets if not (Path(__file__).parents[2] / target).exists()] == []
+
+
+def test_the_drivers_python_runs_as_written(tiny_model, tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"What is {i}?", "input": "A stone.", "output": "yes"} for i in range(8)]
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = {"model": {"path": str(tiny_model)}, "data": {"train": "train.jsonl"}}
+    Path("run.yaml").write_text(json.dumps(config), encoding="utf-8")
+    exec(code.replace("max_steps=100", "max_steps=1"), {})
+    assert capsys.readouterr().out.rstrip().endswith(("True", "False"))
+    assert Path("runs/pyquant/metrics.json").is_file()
