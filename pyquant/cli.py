@@ -1,5 +1,6 @@
 """The command line."""
 
+import contextlib
 import enum
 import json
 import os
@@ -240,6 +241,51 @@ def generate(
 
     set_seed(seed)
     typer.echo(generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, chat_template.value))
+
+
+@app.command()
+def chat(
+    model: Model,
+    adapter: Adapter = None,
+    quant_type: Quant = QuantType.auto,
+    precision: Dtype = Precision.auto,
+    system: Annotated[Optional[str], typer.Option("--system", "-s", help="What the model is told first.")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token; above: sample.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for sampling.")] = 0,
+) -> None:
+    """Talk with a model, with or without an adapter, in 16 or 4 bits.
+
+    A line is a message. /reset begins anew, /exit or the end of the input leaves; Ctrl-C stops an answer, which is then
+    forgotten. The tokenizer needs a chat template.
+    """
+    from .generation import Conversation, load_for_inference
+
+    loaded, tokenizer = load_for_inference(model, adapter, quant_type.value, precision.value)
+    from transformers import set_seed
+
+    set_seed(seed)
+    conversation = Conversation(loaded, tokenizer, system, max_new_tokens, temperature, top_p)
+    terminal = sys.stdin.isatty()
+    while True:
+        if terminal:
+            typer.echo("> ", nl=False)
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            line = ""
+        message = line.strip()
+        if not line or message == "/exit":
+            break
+        if message == "/reset":
+            conversation.reset()
+        elif message.startswith("/"):
+            typer.echo(f"{message.split()[0]} is no command; there are /reset and /exit.", err=True)
+        elif message:
+            with contextlib.suppress(KeyboardInterrupt):
+                conversation.reply(message, lambda text: (sys.stdout.write(text), sys.stdout.flush()))
+            typer.echo()
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Text from a model with or without an adapter, in 16 or 4 bits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Answer", "generate_batch", "generate_text", "load_for_inference"]
+__all__ = ["Answer", "Conversation", "generate_batch", "generate_text", "load_for_inference"]
 
 
 @dataclass(frozen=True)
@@ -93,17 +93,106 @@ def generate_text(
 
     text = render_prompt(prompt, tokenizer, DataConfig(chat_template=chat_template))
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    )
     output = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=_ends(model, tokenizer),
-        **sampling,
+        **_sampling(temperature, top_p),
     )
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+class Conversation:
+    """A conversation with a model, in the chat template of its tokenizer.
+
+    Args:
+        system: what the model is told before the conversation, if anything.
+        max_new_tokens: longest answer.
+        temperature, top_p: see `generate_text`.
+
+    Attributes:
+        messages: all so far, as ``{"role": ..., "content": ...}``.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        system: str | None = None,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ):
+        from .training.errors import ConfigError
+
+        if not tokenizer.chat_template:
+            raise ConfigError("the model's tokenizer has no chat template; pyquant generate continues a plain prompt.")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_new_tokens = max_new_tokens
+        self.sampling = _sampling(temperature, top_p)
+        self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+        self._fixed = len(self.messages)
+
+    def reset(self) -> None:
+        """Forgets everything but the system message."""
+        del self.messages[self._fixed :]
+
+    @torch.inference_mode()
+    def reply(self, text: str, on_text: Callable[[str], None] = lambda text: None) -> Answer:
+        """The model's answer to `text`; both join `messages`. An interrupted one leaves them as they were.
+
+        Where the conversation no longer fits the model's context, its oldest exchanges are left out of what the model
+        sees.
+
+        Args:
+            on_text: called with each piece of the answer as soon as it is known.
+
+        Raises:
+            ConfigError: `text` alone does not fit the model's context.
+        """
+        from transformers import TextStreamer
+
+        class Streamer(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                if text:
+                    on_text(text)
+
+        ids = self._ids([*self.messages, {"role": "user", "content": text}])
+        output = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=_ends(self.model, self.tokenizer),
+            streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **self.sampling,
+        )[0, ids.shape[1] :].tolist()
+        ended = bool(output) and output[-1] in _ends(self.model, self.tokenizer)
+        answer = Answer(self.tokenizer.decode(output, skip_special_tokens=True).strip(), len(output), ended)
+        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
+        return answer
+
+    def _ids(self, messages: list[dict[str, str]]) -> torch.Tensor:
+        """Token ids ``[1, length]``, without as many of the oldest exchanges as leaves room for an answer."""
+        from .training.errors import ConfigError
+
+        room = getattr(self.model.config, "max_position_embeddings", None) or 2**31
+        room -= min(self.max_new_tokens, room // 2)
+        while True:
+            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ids = self.tokenizer(rendered, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            if ids.shape[1] <= room:
+                return ids.to(self.model.device)
+            if len(messages) <= self._fixed + 1:
+                raise ConfigError(
+                    f"the message has {ids.shape[1]} tokens, and the model's context has room for {room}."
+                )
+            messages = messages[: self._fixed] + messages[self._fixed + 2 :]
 
 
 @torch.inference_mode()
@@ -162,6 +251,10 @@ def generate_batch(
             ids = ids if end is None else ids[: end + 1]
             answers[index] = Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), end is not None)
     return [answers[index] for index in range(len(texts))]
+
+
+def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
 
 
 def _compile_config(device: torch.device):

@@ -53,6 +53,15 @@ def test_eval_classifies_with_the_adapter(run, tiny_model, adapter, data_file, t
     assert (code, err) == (2, "Error: the rows have the completion ' yes', which is none of the labels; add it.\n")
 
 
+def test_chat_answers_line_by_line(run, tiny_model, monkeypatch):
+    monkeypatch.setattr("sys.stdin", __import__("io").StringIO("red\n\n/reset\nred\n/what\n/exit\nblue\n"))
+    code, out, err = run("chat", tiny_model, "--precision", "fp32", "-n", 4)
+    assert code == 0, err
+    first, second = out.splitlines()
+    assert first == second
+    assert "/what is no command; there are /reset and /exit." in err
+
+
 def test_generate_prints_the_answer_alone(run, tiny_model, adapter):
     words = ("generate", tiny_model, "red blue", "-a", adapter, "--chat-template", "never", "--precision", "fp32")
     code, out, _ = run(*words)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pyquant.generation import generate_batch, generate_text, load_for_inference
+from pyquant.generation import Conversation, generate_batch, generate_text, load_for_inference
 from pyquant.training.config import QuantizationConfig
 from pyquant.training.errors import ConfigError
 from pyquant.training.quantize import quantize
@@ -92,3 +92,46 @@ def test_a_compiled_batch_answers_the_same(tiny_model, adapter):
     base.get_compiled_call = lambda config: calls.append(config) or compiled(config)
     assert generate_batch(model, tokenizer, PROMPTS, 6, 2, "never", compiled=True) == expected
     assert len(calls) == 3  # every batch of two
+
+
+def test_a_conversation_is_the_template_of_all_its_messages(tiny_model):
+    model, tokenizer = load_for_inference(str(tiny_model), precision="fp32")
+    conversation = Conversation(model, tokenizer, system="blue", max_new_tokens=6)
+    pieces = []
+    first = conversation.reply("red", pieces.append)
+    assert "".join(pieces).strip() == first.text
+    messages = [{"role": "system", "content": "blue"}, {"role": "user", "content": "red"}]
+    assert conversation.messages == [*messages, {"role": "assistant", "content": first.text}]
+    second = conversation.reply("green")
+    messages = [*messages, {"role": "assistant", "content": first.text}, {"role": "user", "content": "green"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert second.text == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    conversation.reset()
+    assert conversation.messages == messages[:1]
+    assert conversation.reply("red").text == first.text
+
+
+def test_a_conversation_beyond_the_context_loses_its_oldest_exchanges(tiny_model):
+    model, tokenizer = load_for_inference(str(tiny_model), precision="fp32")
+    room = model.config.max_position_embeddings
+    conversation = Conversation(model, tokenizer, system="blue", max_new_tokens=4)
+    conversation.messages += [
+        {"role": role, "content": "red " * (room // 5)} for _ in range(4) for role in ("user", "assistant")
+    ]
+    ids = conversation._ids([*conversation.messages, {"role": "user", "content": "green"}])
+    assert ids.shape[1] <= room - 4
+    kept = tokenizer.decode(ids[0])
+    assert "blue" in kept
+    assert kept.rstrip().endswith(tokenizer.decode(conversation._ids([{"role": "user", "content": "green"}])[0])[-8:])
+    with pytest.raises(ConfigError, match=f"has room for {room - 4}"):
+        conversation.reply("red " * room)
+    assert len(conversation.messages) == 9
+
+
+def test_a_conversation_needs_a_chat_template(tiny_model):
+    model, tokenizer = load_for_inference(str(tiny_model), precision="fp32")
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="has no chat template; pyquant generate"):
+        Conversation(model, tokenizer)

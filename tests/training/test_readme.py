@@ -1,5 +1,6 @@
 """What the README tells a newcomer to type does work, on the tiny model in the place of Mistral-7B."""
 
+import io
 import json
 import re
 import shlex
@@ -11,6 +12,7 @@ from pyquant.cli import main
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 HUB_NAME = "mistralai/Mistral-7B-v0.3"
+CHAT_NAME = "mistralai/Mistral-7B-Instruct-v0.3"
 ROWS = [{"prompt": f"{a} {b}", "completion": " yes" if a == b else " no"} for a in "abc" for b in "abc"]
 
 
@@ -36,7 +38,9 @@ def test_the_commands_run_as_written(tiny_model, tmp_path, monkeypatch, capsys):
     config = block("yaml").replace(HUB_NAME, str(tiny_model)).replace("max_steps: 100", "max_steps: 2")
     Path("run.yaml").write_text(config, encoding="utf-8")
     for line in block("sh").splitlines():
-        monkeypatch.setattr("sys.argv", shlex.split(line.replace(HUB_NAME, str(tiny_model))))
+        line = line.replace(HUB_NAME, str(tiny_model)).replace(CHAT_NAME, str(tiny_model))
+        monkeypatch.setattr("sys.argv", shlex.split(line))
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello.\n"))
         try:
             main()
         except SystemExit as end:
