@@ -83,6 +83,15 @@ __device__ inline void wait_cluster() {
 #endif
 }
 
+// Where block `rank` of the cluster has what this block has at `address`.
+__device__ inline uint32_t address_in_rank(uint32_t address, uint32_t rank) {
+  uint32_t result = address;
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
+#endif
+  return result;
+}
+
 // What a block of the cluster expects from others: a number of bytes, counted by a barrier in its shared memory. One
 // thread of the block expects; a barrier of the cluster follows; then any block may send, and ends when it likes; what
 // threads of the receiving block need the bytes wait. Once in a kernel, and to send is an illegal instruction in a
@@ -96,31 +105,35 @@ __device__ inline void expect_from_cluster(uint64_t* barrier, uint32_t bytes) {
 #endif
 }
 
-// `value` to where block `rank` has what this block has at `shared`, counted by its `barrier`.
-__device__ inline void send_to_rank(float* shared, uint64_t* barrier, uint32_t rank, float value) {
+// `value` to a place of another block, counted by a barrier there; both are address_in_rank.
+__device__ inline void send(uint32_t address, uint32_t barrier, float value) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t address, barrier_address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(barrier_address)
-               : "r"(shared_address(barrier)), "r"(rank));
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
-               "r"(__float_as_uint(value)), "r"(barrier_address)
+               "r"(__float_as_uint(value)), "r"(barrier)
                : "memory");
 #endif
 }
-
-__device__ inline void send_to_rank(float* shared, uint64_t* barrier, uint32_t rank, float2 values) {
+__device__ inline void send(uint32_t address, uint32_t barrier, float2 value) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t address, barrier_address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(barrier_address)
-               : "r"(shared_address(barrier)), "r"(rank));
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(address),
-               "r"(__float_as_uint(values.x)), "r"(__float_as_uint(values.y)), "r"(barrier_address)
+               "r"(__float_as_uint(value.x)), "r"(__float_as_uint(value.y)), "r"(barrier)
                : "memory");
 #endif
+}
+__device__ inline void send(uint32_t address, uint32_t barrier, float4 value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "r"(__float_as_uint(value.x)), "r"(__float_as_uint(value.y)), "r"(__float_as_uint(value.z)),
+      "r"(__float_as_uint(value.w)), "r"(barrier)
+      : "memory");
+#endif
+}
+
+// `value` to where block `rank` has what this block has at `shared`, counted by its `barrier`.
+template <typename Value>
+__device__ inline void send_to_rank(float* shared, uint64_t* barrier, uint32_t rank, Value value) {
+  send(address_in_rank(shared_address(shared), rank), address_in_rank(shared_address(barrier), rank), value);
 }
 
 __device__ inline void wait_for_cluster(uint64_t* barrier) {

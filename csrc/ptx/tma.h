@@ -63,26 +63,10 @@ __device__ inline void prefetch_tensor_map(const void* tensor_map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(tensor_map) : "memory");
 }
 
-// Where block `rank` of the cluster has what this block has at `address`.
-__device__ inline uint32_t address_in_rank(uint32_t address, uint32_t rank) {
-  uint32_t result;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
-  return result;
-}
-
 // `barrier` is an address_in_rank. Without a fence of the cluster's memory: meant for arrivals that say "read", not
 // "written".
 __device__ inline void arrive_in_rank(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Sends `value` to a place of another block, counted by a barrier there; both are address_in_rank.
-__device__ inline void send_16(uint32_t address, uint32_t barrier, float4 value) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
-      "r"(__float_as_uint(value.x)), "r"(__float_as_uint(value.y)), "r"(__float_as_uint(value.z)),
-      "r"(__float_as_uint(value.w)), "r"(barrier)
-      : "memory");
 }
 
 }  // namespace pyquant::ptx

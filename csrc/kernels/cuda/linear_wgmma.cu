@@ -827,7 +827,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
           ptx::store_16(to, make_uint4(__float_as_uint(sum[4 * j]), __float_as_uint(sum[4 * j + 1]),
                                        __float_as_uint(sum[4 * j + 2]), __float_as_uint(sum[4 * j + 3])));
         } else {
-          ptx::send_16(to, barrier, make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]));
+          ptx::send(to, barrier, make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]));
         }
         to += stride;
       }
