@@ -17,7 +17,7 @@ from pyquant.bench.shapes import linear_shapes
 
 TILES = (32, 64, 128, 256)
 ROWS = (32, 64, 128, 256, 512, 1024, 2048)
-# Blocks in clusters of 1 … 8 that an H100 or H200 holds at a time: clusters stay within a GPC.
+# Clusters of 1 … 8 of these blocks that an H200 was seen to hold at a time: they stay within a GPC.
 CLUSTERS = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
 TILE_W, STEP = 128, 64
 

@@ -116,8 +116,13 @@ def test_a_kernel_its_tile_and_its_split_can_be_forced(monkeypatch):
     for forced, described in (("wgmma:64", "wgmma tile 64x"), ("wgmma:128:3", "wgmma tile 128x128x64 split 3,")):
         monkeypatch.setenv("PYQUANT_KERNEL", forced)
         assert described in pyquant.explain_plan(100, 4096, 4096, arch=90, sm_count=132)
-    monkeypatch.setenv("PYQUANT_KERNEL", "wgmma:128:7")  # not for so few steps: another plan
-    assert ": wgmma tile 128" not in pyquant.explain_plan(100, 64, 192, arch=80, sm_count=108)
+    # Three steps cannot be split in seven: the choice is the one without a demand.
+    monkeypatch.delenv("PYQUANT_KERNEL")
+    chosen = pyquant.explain_plan(100, 64, 192, arch=90, sm_count=132)
+    monkeypatch.setenv("PYQUANT_KERNEL", "wgmma:128:7")
+    assert pyquant.explain_plan(100, 64, 192, arch=90, sm_count=132) == chosen
+    monkeypatch.setenv("PYQUANT_KERNEL", "wgmma:128:3")
+    assert "wgmma tile 128x128x64 split 3," in pyquant.explain_plan(100, 64, 192, arch=90, sm_count=132)
 
 
 def test_explain_plan_before_hopper_and_for_odd_shapes():

@@ -130,6 +130,19 @@ def test_a_conversation_beyond_the_context_loses_its_oldest_exchanges(tiny_model
     assert len(conversation.messages) == 9
 
 
+def test_an_interrupted_answer_is_forgotten(tiny_model):
+    model, tokenizer = load_for_inference(str(tiny_model), precision="fp32")
+    conversation = Conversation(model, tokenizer, max_new_tokens=8)
+    first = conversation.reply("red")
+
+    def interrupt(text):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conversation.reply("blue", interrupt)
+    assert [message["content"] for message in conversation.messages] == ["red", first.text]
+
+
 def test_a_conversation_needs_a_chat_template(tiny_model):
     model, tokenizer = load_for_inference(str(tiny_model), precision="fp32")
     tokenizer.chat_template = None
