@@ -197,6 +197,9 @@ def measure_case(
             peak = peak_bytes(device)
         finally:
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+            # accelerate takes autocast off the model but leaves its mark of a prepared one, for which the next case's
+            # trainer would not put it on again: PEFT's layers would save float32 inputs, and full multiply in float32.
+            vars(model).pop("_is_accelerate_prepared", None)
             model.gradient_checkpointing_disable()
             trainer.optimizer = None
     speed = {"seconds_per_step": clock.seconds, "tokens_per_second": batch * tokens / clock.seconds}
