@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from pyquant.bench import kernels, peers, shapes
 from pyquant.bench.cli import app
 from pyquant.bench.compare import compare
+from pyquant.bench.provenance import provenance
 from pyquant.bench.timing import Ceilings, Timing, copies_beyond_cache
 
 CEILINGS = Ceilings(copy_gbps=4000.0, matmul_tflops=800.0, l2_bytes=4096, dtype="bfloat16")
@@ -236,3 +237,11 @@ def test_without_a_gpu_the_cpu_is_measured(monkeypatch):
     (words,) = seen
     assert " ".join(words).endswith("--shape 64 128 --rows 1 2 --repeats 3 --output x.json")
     assert run_app("kernels", "--peers", "cublas").exit_code == 2
+
+
+def test_the_recorded_command_names_no_folder_of_this_machine(monkeypatch):
+    words = ["--output", "/somewhere/x/memory.json", "--output=/abs/y.json", "-o/abs/z.json", "model.path=/models/m/"]
+    kept = ["--random-weights", "runs/memory.json", "--shapes=1x512,4x2048", "--rate", "1/2", "/"]
+    monkeypatch.setattr("sys.argv", ["/opt/tools/memory.py", *words, *kept])
+    found = "memory.py --output memory.json --output=y.json -oz.json model.path=m"
+    assert provenance({})["command"] == " ".join([found, *kept])

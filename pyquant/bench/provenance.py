@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,8 @@ __all__ = ["provenance"]
 
 def provenance(arguments: dict) -> dict:
     """The provenance of what the running command measures with `arguments`.
+
+    In ``command`` an absolute path is its file name alone: a machine's folders say nothing about the measurement.
 
     ``commit`` is that of the checkout which this file is in, or ``PYQUANT_COMMIT`` of the environment where there is
     none; None where neither is known.
@@ -57,7 +60,14 @@ def _command() -> str:
         start = ["python", str(program.resolve().relative_to(examples.parent))]
     else:
         start = [program.name]
-    return shlex.join([*start, *sys.argv[1:]])
+    return shlex.join([*start, *map(_portable, sys.argv[1:])])
+
+
+def _portable(word: str) -> str:
+    """An argument without this machine's folders: an absolute path becomes its file name, behind ``--output=``,
+    ``model.path=`` or ``-o`` too."""
+    found = re.fullmatch(r"(-\w|[\w.-]+=)?(/.+)", word, re.DOTALL)
+    return (found[1] or "") + (Path(found[2]).name or "/") if found else word
 
 
 def _gpu() -> dict[str, str] | None:
