@@ -7,7 +7,7 @@ Checked by tests/training/test_plan.py against measured peaks of Mistral-7B (bfl
 4 × 2048 tokens): of PEFT on 4-bit and on 16-bit weights within 2% with checkpointing, on 4-bit weights without it too;
 with Liger's kernels, whose norms and SwiGLU save less than is counted here, within 8%. What a layer saves is checked
 there to the byte, and in the steps that examples/chat_assistant/memory.py measures by tests/examples/test_memory.py.
-All of 16 bits holds under autocast alone: without it PEFT's layers save their inputs in float32.
+The 16-bit terms assume autocast, as the trainer has it: without it PEFT's layers save their inputs in float32.
 """
 
 from dataclasses import dataclass
