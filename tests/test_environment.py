@@ -125,6 +125,20 @@ def test_a_kernel_its_tile_and_its_split_can_be_forced(monkeypatch):
     assert "wgmma tile 128x128x64 split 3," in pyquant.explain_plan(100, 64, 192, arch=90, sm_count=132)
 
 
+def test_an_adapters_first_product_runs_beside_the_linear_where_that_leaves_room(monkeypatch):
+    # 128 tiles, two pairs of multiprocessors to spare, and four blocks of 256 rows; without an adapter nothing of that.
+    assert " split 1 beside 4 blocks" in pyquant.explain_plan(1024, 4096, 4096, rank=16, arch=90, sm_count=132)
+    assert "beside" not in pyquant.explain_plan(1024, 4096, 4096, arch=90, sm_count=132)
+    # They would take as long as the linear that is to wait for them.
+    assert "beside" not in pyquant.explain_plan(64, 1024, 4096, rank=16, arch=90, sm_count=132)
+    # By force: with blocks of 64 rows or with none, and on a GPU with too few multiprocessors for so many not at all.
+    monkeypatch.setenv("PYQUANT_KERNEL", "wgmma:256:1:64")
+    assert " beside 16 blocks" in pyquant.explain_plan(1024, 4096, 4096, rank=16, arch=90, sm_count=132)
+    assert "beside 16" not in pyquant.explain_plan(1024, 4096, 4096, rank=16, arch=90, sm_count=32)
+    monkeypatch.setenv("PYQUANT_KERNEL", "wgmma:256:1:0")
+    assert "beside" not in pyquant.explain_plan(1024, 4096, 4096, rank=16, arch=90, sm_count=132)
+
+
 def test_explain_plan_before_hopper_and_for_odd_shapes():
     assert ": few_rows tile " in pyquant.explain_plan(4, 4096, 4096, arch=80, sm_count=108)
     assert ": few_rows tile " in pyquant.explain_plan(4, 4095, 4096, arch=90, sm_count=132)

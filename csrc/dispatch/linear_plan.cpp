@@ -131,17 +131,33 @@ bool wgmma_legal(const LinearProblem& p) {
 constexpr double kClusterShare[9] = {0.0,         1.0,         1.0,         117 / 132.0, 120 / 132.0,
                                      110 / 132.0, 102 / 132.0, 105 / 132.0, 120 / 132.0};
 
-LinearPlan wgmma_plan(const LinearProblem& p, int tokens, int split) {
+// Microseconds for the left factor of a low-rank term, computed before the linear, or beside it by blocks of that many
+// rows. From a dozen times on an H100.
+double low_rank_before(const LinearProblem& p) {
+  return p.rank == 0 ? 0.0 : 6.0 + 2.0 * p.m * p.reduction() / kBytesPerMicrosecond;
+}
+double low_rank_beside(const LinearProblem& p, int rows) {
+  const double step = rows == 256 ? 0.40 : rows == 128 ? 0.26 : 0.24;
+  return 3.0 + static_cast<double>(ceil_div(p.reduction(), 64)) * step;
+}
+
+LinearPlan wgmma_plan(const LinearProblem& p, int tokens, int split, int beside) {
   LinearPlan plan{LinearKernel::kWgmma, tokens, 128, 64, split, 0.0};
   const int64_t tiles = ceil_div(p.m, tokens) * ceil_div(p.columns(), 128);
+  // Sharing halves what blocks read and couples their pace: of use where all run together from beginning to end.
+  plan.share = split == 1 && tokens == 256 && p.columns() > 128 && tiles <= p.sm_count;
+  plan.beside = beside;
+  const int64_t blocks = plan.blocks_beside(p);
   const int64_t clusters = std::max<int64_t>(1, static_cast<int64_t>(p.sm_count * kClusterShare[split]) / split);
-  // Turns of whole tiles, and turns of shared ones: one behind those, or else nothing but shared ones.
-  int64_t rounds = tiles / (clusters * split), shared_rounds = 0;
+  // Turns of whole tiles, and turns of shared ones: one behind those, or else nothing but shared ones. In the first, the
+  // blocks beside take the place of tiles.
+  int64_t rounds = (tiles + blocks) / (clusters * split), shared_rounds = 0;
   if (split == 1) {
-    rounds = ceil_div(tiles, clusters);
+    rounds = ceil_div(tiles + blocks, clusters);
   } else {
-    if (tiles - rounds * clusters * split > clusters) rounds = 0;
-    shared_rounds = ceil_div(tiles - rounds * clusters * split, clusters);
+    int64_t rest = tiles + blocks - rounds * clusters * split;
+    if (rest > clusters) rounds = 0, rest = tiles + blocks / split;
+    shared_rounds = ceil_div(rest, clusters);
   }
   const double steps = static_cast<double>(ceil_div(p.reduction(), 64)),
                lora = static_cast<double>(ceil_div(p.rank, 64));
@@ -156,11 +172,15 @@ LinearPlan wgmma_plan(const LinearProblem& p, int tokens, int split) {
                     : tokens == 64  ? Cost{0.375, 0.405, 1.9, 1.0}
                                     : Cost{0.34, 0.365, 2.4, 0.0};
   const double step = p.direction == LinearDirection::kForward ? cost.forward : cost.dx;
-  const double work = rounds * ((steps + lora) * step + cost.tile) +
-                      shared_rounds * ((std::ceil(steps / split) + lora) * step + cost.tile + cost.exchange);
+  const double shared = std::ceil(steps / split) * step + cost.tile;  // and the exchange
+  const double work =
+      rounds * ((steps + lora) * step + cost.tile) + shared_rounds * (shared + lora * step + cost.exchange);
   plan.microseconds = 1.5 + std::max(work, weight_bytes(p) / kBytesPerMicrosecond);
-  // Sharing halves what blocks read and couples their pace: of use where all run together from beginning to end.
-  plan.share = split == 1 && tokens == 256 && p.columns() > 128 && tiles <= p.sm_count;
+  if (beside > 0) {
+    // One more launch, and what the first turn has to wait for.
+    const double first_turn = rounds > 0 ? steps * step + cost.tile : shared;
+    plan.microseconds += 1.5 + std::max(0.0, low_rank_beside(p, beside) - first_turn);
+  }
   return plan;
 }
 
@@ -189,7 +209,13 @@ std::vector<LinearPlan> candidates(const LinearProblem& p) {
     for (int tokens : {32, 64, 128, 256}) {
       // Every part of a split tile has at least one step, and eight tokens to add up.
       const int64_t parts = std::min<int64_t>(tokens / 8, ceil_div(p.reduction(), 64));
-      for (int split = 1; split <= std::min<int64_t>(parts, 8); ++split) plans.push_back(wgmma_plan(p, tokens, split));
+      for (int split = 1; split <= std::min<int64_t>(parts, 8); ++split) {
+        for (int beside : {0, 64, 128, 256}) {
+          if (beside > 0 && (p.rank == 0 || p.dropout)) break;
+          const LinearPlan plan = wgmma_plan(p, tokens, split, beside);
+          if (plan.blocks_beside(p) <= p.sm_count / 4) plans.push_back(plan);
+        }
+      }
     }
   }
   if (p.dtype != DType::kFloat32 && p.arch >= 80) {
@@ -200,14 +226,21 @@ std::vector<LinearPlan> candidates(const LinearProblem& p) {
       }
     }
   }
+  for (LinearPlan& plan : plans) {
+    if (plan.beside == 0) plan.microseconds += low_rank_before(p);
+  }
   return plans;
 }
 
-// A plan as PYQUANT_KERNEL asks for it: a kernel's name, and behind colons tile_m and split where they are to be
-// forced.
+// A plan as PYQUANT_KERNEL asks for it: a kernel's name, and behind colons tile_m, split and beside where they are to
+// be forced.
 bool asked_for(const LinearPlan& plan, const char* forced) {
-  const std::string kernel = name_of(plan.kernel), tile = kernel + ':' + std::to_string(plan.tile_m);
-  return forced == kernel || forced == tile || forced == tile + ':' + std::to_string(plan.split);
+  std::string name = name_of(plan.kernel);
+  for (const int choice : {plan.tile_m, plan.split, plan.beside}) {
+    if (forced == name) return true;
+    name += ':' + std::to_string(choice);
+  }
+  return forced == name;
 }
 
 LinearPlan best_plan(const LinearProblem& problem, const char* forced) {
@@ -224,6 +257,11 @@ LinearPlan best_plan(const LinearProblem& problem, const char* forced) {
 }
 
 }  // namespace
+
+int64_t LinearPlan::blocks_beside(const LinearProblem& problem) const {
+  if (beside == 0) return 0;
+  return ceil_div(ceil_div(problem.m, beside) * ceil_div(problem.rank, 64), cluster()) * cluster();
+}
 
 int64_t LinearPlan::workspace(const LinearProblem& problem) const {
   if (kernel != LinearKernel::kMma || split == 1) return 0;
@@ -262,14 +300,16 @@ std::string describe(const LinearProblem& problem, const LinearPlan& plan) {
   const char* dtype = problem.dtype == DType::kFloat32   ? "float32"
                       : problem.dtype == DType::kFloat16 ? "float16"
                                                          : "bfloat16";
-  char line[256];
+  const std::string beside =
+      plan.beside == 0 ? "" : " beside " + std::to_string(plan.blocks_beside(problem)) + " blocks of the adapter's";
+  char line[320];
   std::snprintf(line, sizeof(line),
-                "%s m=%lld n=%lld k=%lld rank=%lld blocksize=%lld %s sm_%d%s: %s tile %dx%dx%d split %d, about %.1f us",
+                "%s m=%lld n=%lld k=%lld rank=%lld blocksize=%lld %s sm_%d%s: %s tile %dx%dx%d split %d%s, about %.1f us",
                 problem.direction == LinearDirection::kForward ? "linear_4bit" : "linear_4bit_dx",
                 static_cast<long long>(problem.m), static_cast<long long>(problem.n), static_cast<long long>(problem.k),
                 static_cast<long long>(problem.rank), static_cast<long long>(problem.blocksize), dtype, problem.arch,
                 problem.aligned ? "" : " unaligned", name_of(plan.kernel), plan.tile_m, plan.tile_n, plan.tile_k,
-                plan.split, plan.microseconds);
+                plan.split, beside.c_str(), plan.microseconds);
   return line;
 }
 

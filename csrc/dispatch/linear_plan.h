@@ -20,6 +20,7 @@ struct LinearProblem {
   int64_t m, n, k;  // W is [n, k]
   DType dtype;
   int64_t rank;  // of the low-rank term, 0 without one
+  bool dropout;  // its products, or the input that its left factor is computed from, pass through it
   int64_t blocksize;
   int arch;     // 10 · major + minor
   bool sm_90a;  // the library has machine code for sm_90a
@@ -32,8 +33,8 @@ struct LinearProblem {
   bool operator==(const LinearProblem& other) const { return all() == other.all(); }
 
  private:
-  std::tuple<LinearDirection, int64_t, int64_t, int64_t, DType, int64_t, int64_t, int, bool, int, bool> all() const {
-    return {direction, m, n, k, dtype, rank, blocksize, arch, sm_90a, sm_count, aligned};
+  std::tuple<LinearDirection, int64_t, int64_t, int64_t, DType, int64_t, bool, int64_t, int, bool, int, bool> all() const {
+    return {direction, m, n, k, dtype, rank, dropout, blocksize, arch, sm_90a, sm_count, aligned};
   }
 };
 
@@ -51,15 +52,23 @@ struct LinearPlan {
   int tile_m, tile_n, tile_k;  // of the output, and of one step along the reduction
   int split;  // kMma: blocks that share an output tile, each with a part of the reduction; kSmallM: warps likewise;
               // kStream, kWgmma: blocks of a cluster likewise
-  double microseconds;  // the cost model's estimate, by which candidates are ranked
+  double microseconds;  // the cost model's estimate, by which candidates are ranked, for the left factor as well
   bool share = false;   // kWgmma: pairs of blocks share the activations that they copy
+  // kWgmma with a low-rank term: the kernel before, that computes its left factor, runs beside this one, in blocks of
+  // that many rows, on multiprocessors that this one leaves free; 0: it has ended when this one begins.
+  int beside = 0;
+
+  // Blocks (of clusters of cluster()) of the kernel beside.
+  int64_t blocks_beside(const LinearProblem& problem) const;
+  int cluster() const { return share ? 2 : split; }
 
   // Bytes for the partial sums of a split reduction.
   int64_t workspace(const LinearProblem& problem) const;
 };
 
 // The best legal plan. PYQUANT_KERNEL=stream, few_rows, small_m, wgmma, mma or simt forces a kernel wherever it is
-// legal, for tests; wgmma:128 its tile_m as well, wgmma:128:2 also the split, to fit the cost model.
+// legal, for tests; wgmma:128 its tile_m as well, wgmma:128:2 also the split, wgmma:128:2:64 also beside,
+// to fit the cost model.
 LinearPlan plan_linear(const LinearProblem& problem);
 
 // With PYQUANT_LOG=plan, prints each distinct choice once to stderr.

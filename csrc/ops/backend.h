@@ -29,6 +29,7 @@ struct LowRankTerm {
   const void* left = nullptr;
   const void* factor = nullptr;
   int64_t rank = 0;
+  bool dropout = false;
 };
 
 class Cpu {
@@ -59,12 +60,13 @@ class Cpu {
     cpu::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), {lora.left, lora.factor, lora.rank}, dropout,
                         dx.data_ptr());
   }
-  void lora_down(const Activation& x, int64_t k, int64_t rank, const Tensor& a, float scaling, const Dropout& dropout,
-                 Tensor& xa) const {
-    cpu::lora_down(x.dtype, x.rows, k, rank, x.data(), a.data_ptr(), scaling, dropout, xa.data_ptr());
+  void lora_down(const QuantizedMatrix& weight, const Activation& x, int64_t rank, const Tensor& a, float scaling,
+                 const Dropout& dropout, Tensor& xa) const {
+    cpu::lora_down(x.dtype, x.rows, weight.k, rank, x.data(), a.data_ptr(), scaling, dropout, xa.data_ptr());
   }
-  void lora_dya(const Activation& dy, int64_t n, int64_t rank, const Tensor& b, float scaling, Tensor& dya) const {
-    cpu::lora_dya(dy.dtype, dy.rows, n, rank, dy.data(), b.data_ptr(), scaling, dya.data_ptr());
+  void lora_dya(const QuantizedMatrix& weight, const Activation& dy, int64_t rank, const Tensor& b, float scaling,
+                const Dropout&, Tensor& dya) const {
+    cpu::lora_dya(dy.dtype, dy.rows, weight.n, rank, dy.data(), b.data_ptr(), scaling, dya.data_ptr());
   }
   void lora_grad_a(const Activation& x, int64_t k, int64_t rank, const Tensor& dya, const Dropout& dropout,
                    Tensor& da) const {
@@ -104,22 +106,23 @@ class Cuda {
   }
   void linear_4bit(const QuantizedMatrix& weight, const Activation& x, const void* bias, const LowRankTerm& lora,
                    Tensor& y) const {
-    const Workspace scratch(y, cuda::linear_4bit_workspace(weight, x.dtype, x.rows, lora.rank));
-    cuda::linear_4bit(weight, x.dtype, x.rows, x.data(), bias, {lora.left, lora.factor, lora.rank}, y.data_ptr(),
-                      scratch.data, stream_);
+    const cuda::LowRank low_rank{lora.left, lora.factor, lora.rank, lora.dropout};
+    const Workspace scratch(y, cuda::linear_4bit_workspace(weight, x.dtype, x.rows, low_rank));
+    cuda::linear_4bit(weight, x.dtype, x.rows, x.data(), bias, low_rank, y.data_ptr(), scratch.data, stream_);
   }
   void linear_4bit_dx(const QuantizedMatrix& weight, const Activation& dy, const LowRankTerm& lora,
                       const Dropout& dropout, Tensor& dx) const {
-    const Workspace scratch(dx, cuda::linear_4bit_dx_workspace(weight, dy.dtype, dy.rows, lora.rank));
-    cuda::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), {lora.left, lora.factor, lora.rank}, dropout,
-                         dx.data_ptr(), scratch.data, stream_);
+    const cuda::LowRank low_rank{lora.left, lora.factor, lora.rank, lora.dropout};
+    const Workspace scratch(dx, cuda::linear_4bit_dx_workspace(weight, dy.dtype, dy.rows, low_rank));
+    cuda::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), low_rank, dropout, dx.data_ptr(), scratch.data, stream_);
   }
-  void lora_down(const Activation& x, int64_t k, int64_t rank, const Tensor& a, float scaling, const Dropout& dropout,
-                 Tensor& xa) const {
-    cuda::lora_down(x.dtype, x.rows, k, rank, x.data(), a.data_ptr(), scaling, dropout, xa.data_ptr(), stream_);
+  void lora_down(const QuantizedMatrix& weight, const Activation& x, int64_t rank, const Tensor& a, float scaling,
+                 const Dropout& dropout, Tensor& xa) const {
+    cuda::lora_down(weight, x.dtype, x.rows, rank, x.data(), a.data_ptr(), scaling, dropout, xa.data_ptr(), stream_);
   }
-  void lora_dya(const Activation& dy, int64_t n, int64_t rank, const Tensor& b, float scaling, Tensor& dya) const {
-    cuda::lora_dya(dy.dtype, dy.rows, n, rank, dy.data(), b.data_ptr(), scaling, dya.data_ptr(), stream_);
+  void lora_dya(const QuantizedMatrix& weight, const Activation& dy, int64_t rank, const Tensor& b, float scaling,
+                const Dropout& dropout, Tensor& dya) const {
+    cuda::lora_dya(weight, dy.dtype, dy.rows, rank, dy.data(), b.data_ptr(), scaling, dropout, dya.data_ptr(), stream_);
   }
   void lora_grad_a(const Activation& x, int64_t k, int64_t rank, const Tensor& dya, const Dropout& dropout,
                    Tensor& da) const {

@@ -29,6 +29,26 @@ __device__ inline void arrive(uint32_t barrier) {
 }
 __device__ inline void arrive(uint64_t* barrier) { arrive(shared_address(barrier)); }
 
+// What all lanes of a warp have read or written is done: kWarpArrivals arrivals. One lane arrives for all, as
+// __syncwarp orders their accesses before its own. compute-sanitizer's racecheck does not follow that; in a build for it
+// (PYQUANT_RACECHECK) every lane arrives.
+#ifdef PYQUANT_RACECHECK
+constexpr int kWarpArrivals = 32;
+__device__ inline void arrive_for_warp(uint32_t barrier) { arrive(barrier); }
+#else
+constexpr int kWarpArrivals = 1;
+__device__ inline void arrive_for_warp(uint32_t barrier) {
+  __syncwarp();
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "elect.sync _|elected, 0xFFFFFFFF;\n"
+      "@elected mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+      "}" ::"r"(barrier)
+      : "memory");
+}
+#endif
+
 // Waits for the end of the phase of that parity.
 __device__ inline void wait_barrier(uint32_t barrier, uint32_t parity) {
   asm volatile(

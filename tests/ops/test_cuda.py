@@ -323,6 +323,53 @@ def test_forced_tiles_and_splits_meet_the_bound(monkeypatch, plan, rows, n, k, r
     reference.assert_within_bound(y, baseline, truth, "y with the adapter")
 
 
+# tile, split and rows of the blocks beside; rows, n, k. One turn with room beside it, one without, several, and a last
+# one that is shared; pairs of blocks that share activations, the second of n = 320 without columns of its own.
+BESIDE = [
+    ("wgmma:256:1:256", 1000, 4096, 512),
+    ("wgmma:256:1:128", 1024, 4096, 512),
+    ("wgmma:256:1:64", 500, 320, 1024),
+    ("wgmma:256:1:256", 2048, 9216, 256),
+    ("wgmma:128:1:64", 700, 6144, 256),
+    ("wgmma:128:2:128", 700, 14336, 256),
+    ("wgmma:256:2:256", 1024, 14336, 256),
+    ("wgmma:128:2:64", 200, 256, 2048),
+    ("wgmma:64:3:64", 100, 640, 1024),
+    ("wgmma:32:1:64", 40, 256, 512),
+]
+
+
+@pytest.mark.parametrize(("plan", "rows", "n", "k"), BESIDE)
+@pytest.mark.parametrize("rank", [8, 16, 64, 136])
+def test_an_adapters_products_beside_the_linear_meet_the_bound(monkeypatch, plan, rows, n, k, rank):
+    """Forward and dX, each of a weight whose output has n columns, with a last kernel before that writes the input."""
+    monkeypatch.setenv("PYQUANT_KERNEL", plan)
+    for forward in (True, False):
+        weight, exact = quantized(n if forward else k, k if forward else n, device="cuda")
+        exact = exact.cuda()
+        lora_A, lora_B = adapter(*exact.shape, rank, torch.bfloat16, "cuda")
+        source = torch.randn(rows, k, device="cuda")
+        other = torch.randn(rows, n, device="cuda").bfloat16()  # whose values do not matter
+
+        def run():
+            x = source.bfloat16()
+            if forward:
+                return x, *ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 0.5, 0.0, None)
+            xa = torch.zeros(rows, rank, device="cuda", dtype=torch.bfloat16)
+            dx, dA, _ = ops.lora_linear_4bit_backward(x, other, xa, *weight, lora_A, lora_B, 0.5, 0.0, None, True)
+            return x, dx, dA
+
+        x, y, _ = first = run()
+        left, right = (lora_A.T, lora_B.T) if forward else (lora_B, lora_A)
+        low = (0.5 * (x.double() @ left.double())).bfloat16()
+        dense = exact.T if forward else exact
+        truth = x.double() @ dense.double() + low.double() @ right.double()
+        baseline = torch.cat([x, low], 1) @ torch.cat([dense.bfloat16(), right])
+        reference.assert_within_bound(y, baseline, truth, "y" if forward else "dx")
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
 @pytest.mark.parametrize("rank", [8, 16, 40, 64, 136, 12])
 @pytest.mark.parametrize("rows", [64, 200, 1024])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])

@@ -10,7 +10,7 @@ namespace pyquant::cuda {
 namespace {
 
 LinearProblem problem_of(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank,
-                         bool aligned) {
+                         bool dropout, bool aligned) {
   const Device& device = current_device();
   LinearProblem problem{};
   problem.direction = direction;
@@ -19,6 +19,7 @@ LinearProblem problem_of(LinearDirection direction, const QuantizedMatrix& weigh
   problem.k = weight.k;
   problem.dtype = dtype;
   problem.rank = rank;
+  problem.dropout = dropout;
   problem.blocksize = weight.blocksize;
   problem.arch = device.arch;
   problem.sm_90a = has_sm_90a_code();
@@ -29,11 +30,12 @@ LinearProblem problem_of(LinearDirection direction, const QuantizedMatrix& weigh
 
 // The caller allocates before all pointers are known, so for the larger of the two plans that alignment decides
 // between.
-int64_t workspace(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank) {
+int64_t workspace(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m,
+                  const LowRank& lora) {
   if (m <= 0 || weight.numel() <= 0) return 0;
   int64_t bytes = 0;
   for (const bool aligned : {true, false}) {
-    const LinearProblem problem = problem_of(direction, weight, dtype, m, rank, aligned);
+    const LinearProblem problem = problem_of(direction, weight, dtype, m, lora.rank, lora.dropout, aligned);
     bytes = std::max(bytes, plan_linear(problem).workspace(problem));
   }
   return bytes;
@@ -44,8 +46,8 @@ void run(LinearDirection direction, const LinearArguments& arguments, cudaStream
   if (arguments.m <= 0 || matrix.numel() <= 0) return;
   const bool aligned = aligned_16(arguments.input) && aligned_16(matrix.packed) && aligned_16(arguments.lora.left) &&
                        aligned_16(arguments.lora.factor);
-  const LinearProblem problem =
-      problem_of(direction, matrix, arguments.dtype, arguments.m, arguments.lora.rank, aligned);
+  const LinearProblem problem = problem_of(direction, matrix, arguments.dtype, arguments.m, arguments.lora.rank,
+                                           arguments.lora.dropout, aligned);
   const LinearPlan plan = plan_linear(problem);
   log_plan(problem, plan);
   switch (plan.kernel) {
@@ -66,8 +68,13 @@ void run(LinearDirection direction, const LinearArguments& arguments, cudaStream
 
 }  // namespace
 
-int64_t linear_4bit_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank) {
-  return workspace(LinearDirection::kForward, weight, dtype, m, rank);
+LinearPlan plan_lora_linear(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m,
+                            int64_t rank) {
+  return plan_linear(problem_of(direction, weight, dtype, m, rank, false, true));
+}
+
+int64_t linear_4bit_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const LowRank& lora) {
+  return workspace(LinearDirection::kForward, weight, dtype, m, lora);
 }
 
 void linear_4bit(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const void* bias,
@@ -76,8 +83,8 @@ void linear_4bit(const QuantizedMatrix& weight, DType dtype, int64_t m, const vo
   run(LinearDirection::kForward, {make_weight(weight), dtype, m, x, bias, lora, no_dropout, y, workspace}, stream);
 }
 
-int64_t linear_4bit_dx_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank) {
-  return workspace(LinearDirection::kDx, weight, dtype, m, rank);
+int64_t linear_4bit_dx_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const LowRank& lora) {
+  return workspace(LinearDirection::kDx, weight, dtype, m, lora);
 }
 
 void linear_4bit_dx(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy, const LowRank& lora,

@@ -21,6 +21,10 @@ struct LinearArguments {
   void* workspace;
 };
 
+// What linear_4bit or linear_4bit_dx will choose for an aligned input and adapter, without dropout.
+LinearPlan plan_lora_linear(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m,
+                            int64_t rank);
+
 void linear_stream(const LinearArguments& arguments, const LinearPlan& plan, cudaStream_t stream);
 void linear_few_rows(const LinearArguments& arguments, const LinearPlan& plan, cudaStream_t stream);
 void linear_small_m(const LinearArguments& arguments, const LinearPlan& plan, cudaStream_t stream);

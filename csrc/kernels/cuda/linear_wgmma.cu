@@ -88,10 +88,12 @@ struct Parameters {
   int rank, lora_steps;
   int tiles_m, tiles_w;  // tiles_w counts pairs where blocks share activations
   // The first `whole` units are done by single blocks (pairs, where they share activations), in `rounds` turns;
-  // clusters of `split` blocks do one more each, where there is one.
-  int whole, rounds, split;
+  // clusters of `split` blocks do one more each, where there is one. In the first turn the last `skipped` blocks (pairs)
+  // have no unit: lora.beside.
+  int whole, rounds, split, skipped;
   int first_step[9];  // of the parts of a shared tile
   bool share;
+  bool beside;  // the previous kernel, still running, writes `left` and nothing else that this one touches
   bool quick;  // blocks of 64, double quantization, codes in whole words
 };
 
@@ -131,6 +133,9 @@ __device__ inline uint32_t scaled(uint32_t pair, uint32_t high, uint32_t low) {
   return result;
 }
 
+// Whether the low-rank steps of a tile in turn i come last, when the kernel beside has computed their left factor.
+[[maybe_unused]] __device__ inline bool late_low_rank(const Parameters& p, int i) { return p.beside && i == 0; }
+
 // What a block does in turn i of its loop: a tile, or its part of the reduction of one.
 struct Work {
   int token0, row0;
@@ -138,10 +143,15 @@ struct Work {
   bool split;
 };
 [[maybe_unused]] __device__ inline int unit_at(const Parameters& p, int i) {
-  return p.share ? ptx::cluster_id() + i * ptx::clusters() : static_cast<int>(blockIdx.x + i * gridDim.x);
+  const int unit = p.share ? ptx::cluster_id() + i * ptx::clusters() : static_cast<int>(blockIdx.x + i * gridDim.x);
+  return i == 0 ? unit : unit - p.skipped;
 }
 [[maybe_unused]] __device__ inline int shared_unit(const Parameters& p) { return p.whole + ptx::cluster_id(); }
-// Whether there is a turn i.
+// The first turn of this block: 1 if it has none in turn 0.
+[[maybe_unused]] __device__ inline int first_turn(const Parameters& p) {
+  return unit_at(p, 0) >= static_cast<int>(p.share ? ptx::clusters() : gridDim.x) - p.skipped ? 1 : 0;
+}
+// Whether there is a turn i, which is not before the first.
 [[maybe_unused]] __device__ inline bool has_work(const Parameters& p, int i) {
   return unit_at(p, i) < p.whole || (p.split > 1 && i == p.rounds && shared_unit(p) < p.tiles_m * p.tiles_w);
 }
@@ -195,10 +205,10 @@ __device__ inline uint32_t split_scale(float scale) {
   return pack_pair<T>(to_float(high), scale - to_float(high));
 }
 
-// The part of the two warps that decode absmax, from `work` on. A thread has two values a step. Forward: of rows id and
+// The part of the two warps that decode absmax, from `work`, that of `turn`, on. A thread has two values a step. Forward: of rows id and
 // id + 64 of the tile; dX: of row id of the step, for the two halves of the tile's columns.
 template <typename T, LinearDirection kDirection, int kTokens>
-__device__ inline void decode_absmax(const Parameters& p, uint32_t window, Work& work) {
+__device__ inline void decode_absmax(const Parameters& p, uint32_t window, int turn, Work& work) {
   using L = Layout<kTokens>;
   constexpr bool kForward = kDirection == LinearDirection::kForward;
   const int id = threadIdx.x - kConsumers - 32;
@@ -299,11 +309,10 @@ __device__ inline void decode_absmax(const Parameters& p, uint32_t window, Work&
         }
       }
     }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::arrive(window + L::kFullW + 8 * ring.stage);
+    ptx::arrive_for_warp(window + L::kFullW + 8 * ring.stage);
     ring.advance();
   };
-  for (int turn = 0;;) {
+  for (;;) {
     uint32_t value[2];
     if (p.quick && kForward) {
       int in_group = work.first_step % 4;
@@ -392,8 +401,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     }
     ptx::init_barrier(empty(L::kStages), 1);
     for (int stage = 0; stage < L::kRing; ++stage) {
-      ptx::init_barrier(full_w(stage), 1 + kScaleWarps);
-      ptx::init_barrier(empty_w(stage), 8);
+      ptx::init_barrier(full_w(stage), 1 + kScaleWarps * ptx::kWarpArrivals);
+      ptx::init_barrier(empty_w(stage), kConsumers / 32 * ptx::kWarpArrivals);
     }
     ptx::init_barrier(window + L::kReceived, 1);
     ptx::fence_barrier_init();
@@ -404,24 +413,32 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
   __syncthreads();
   if (p.share) ptx::arrive_cluster_relaxed(), ptx::wait_cluster();
 
+  if (first_turn(p) > 0 && !has_work(p, 1)) return;  // so does the block that shares activations with this one
+
   if (warp >= kConsumers / 32) {
     ptx::give_registers<56>();
-    Work work = work_at(p, 0, kTokens);  // there is one
+    int turn = first_turn(p);
+    Work work = work_at(p, turn, kTokens);
     if (warp == kConsumers / 32) {
-      // Activations, perhaps the previous kernel's. The low-rank steps of a tile come first.
-      ptx::wait_for_previous_kernel();
-      ptx::let_next_kernel_start();
+      // Activations, perhaps the previous kernel's, but for `beside`. The low-rank steps of a tile come first, but for
+      // late_low_rank.
+      bool waited = !p.beside;
+      if (waited) ptx::wait_for_previous_kernel(), ptx::let_next_kernel_start();
       if (lane == 0) {
         Ring<L::kStages> ring;
-        for (int turn = 0;;) {
+        for (;;) {
           put_work(window, turn, work);
-          for (int i = -work.lora_steps; i < work.steps; ++i) {
+          const int all = work.steps + work.lora_steps, begin = late_low_rank(p, turn) ? 0 : -work.lora_steps;
+          for (int i = begin; i < begin + all; ++i) {
             const uint32_t slot = slot_at(ring.stage), barrier = full(ring.stage);
             ptx::wait_barrier(empty(ring.stage), ring.phase ^ 1);
             ptx::expect_bytes(barrier, L::kSlotBytes);
             const int step = work.first_step + i;
-            if (i < 0) {
-              ptx::copy_tile(slot, &p.left, (i + work.lora_steps) * kStep, work.token0, barrier);
+            if (i < 0 || i >= work.steps) {
+              if (!waited) ptx::wait_for_previous_kernel(), ptx::let_next_kernel_start();
+              waited = true;
+              const int lora_step = i < 0 ? i + work.lora_steps : i - work.steps;
+              ptx::copy_tile(slot, &p.left, lora_step * kStep, work.token0, barrier);
             } else if (p.share) {
               ptx::copy_tile_to_ranks(slot + rank * (L::kSlotBytes / 2), &p.input, step * kStep,
                                       work.token0 + rank * (kTokens / 2), barrier, 3);
@@ -433,13 +450,14 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
           if (!has_work(p, ++turn)) break;
           work = work_at(p, turn, kTokens);
         }
+        if (!waited) ptx::wait_for_previous_kernel(), ptx::let_next_kernel_start();
       }
       __syncwarp();
     } else if (warp == kConsumers / 32 + 3) {
       // Weights, which no kernel that lets this one start early writes.
       if (lane == 0) {
         Ring<L::kRing> ring;
-        for (int turn = 0;;) {
+        for (;;) {
           for (int step = work.first_step; step < work.first_step + work.steps; ++step) {
             const uint32_t packed = window + L::kPacked + ring.stage * kPackedBytes;
             ptx::wait_barrier(empty_w(ring.stage), ring.phase ^ 1);
@@ -457,7 +475,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       }
       __syncwarp();
     } else {
-      decode_absmax<T, kDirection, kTokens>(p, window, work);
+      decode_absmax<T, kDirection, kTokens>(p, window, turn, work);
     }
     if (p.share) ptx::arrive_cluster_relaxed(), ptx::wait_cluster();
     return;
@@ -479,8 +497,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       ptx::store_16(window + kTable + byte * 128 + lane % 8 * 16, make_uint4(pair, pair, pair, pair));
     }
   }
-  ptx::wait_for_previous_kernel();
-  ptx::let_next_kernel_start();
+  if (!p.beside) ptx::wait_for_previous_kernel(), ptx::let_next_kernel_start();
   sync_threads<3>(kConsumers);
 
   float sum[kTokens / 2];
@@ -560,8 +577,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     const int flip = c.flip, t = c.t;
     const auto word = [&](int row, int at, bool inside) {
       const T* pointer = static_cast<const T*>(p.factor) + int64_t{row} * (kForward ? p.rank : p.columns) + at;
-      // Not __ldg: the kernel before may have written it.
-      return inside ? *reinterpret_cast<const uint32_t*>(pointer) : 0u;
+      // From L2: this SM may have read it before an earlier kernel wrote it, since when nothing has been waited for.
+      return inside ? __ldcg(reinterpret_cast<const uint32_t*>(pointer)) : 0u;
     };
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -578,11 +595,12 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     }
   };
 
-  // One lane of a warp arrives for its own block, another for the block that shares activations.
-  const uint32_t releases = kept(lane < (p.share ? 2 : 1));
-  const uint32_t release_at = kept(ptx::address_in_rank(window + L::kEmpty, lane == 1 && p.share ? rank ^ 1 : rank));
+  // One lane of a warp arrives for its own block, another for the block that shares activations, and the others have 0
+  // here.
+  const uint32_t release_at = kept(
+      lane < (p.share ? 2 : 1) ? ptx::address_in_rank(window + L::kEmpty, lane == 1 ? rank ^ 1 : rank) : 0);
   const auto release = [&](int stage) {
-    if (releases != 0) ptx::arrive_in_rank(release_at + 8 * stage);
+    if (release_at != 0) ptx::arrive_in_rank(release_at + 8 * stage);
   };
 
   Ring<L::kStages> ring;      // of activations: the slot of this step
@@ -618,7 +636,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       finish_half(half ^ 1);
       if (half == 0) {
         release(previous);
-        if (lane == 0) ptx::arrive(empty_w(current_w));
+        ptx::arrive_for_warp(empty_w(current_w));
       }
       look_up_half();
       load_scales(next_w, half);
@@ -641,14 +659,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     load_scales(0, 1);
   };
 
-  Work work = work_at(p, 0, kTokens);
-  start();
-  if (work.lora_steps > 0) load_factor(work.row0, 0);
-  for (int turn = 0;;) {
-    const bool more_work = kept(has_work(p, turn + 1)) != 0;
-#pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) sum[i] = 0.0f;
-
+  // The low-rank steps, whose first factor is loaded.
+  const auto multiply_low_rank = [&](const Work& work) {
     for (int i = 0; i < work.lora_steps; ++i) {
       if (i > 0) load_factor(work.row0, i);
       ptx::wait_barrier(full(ring.stage), ring.phase);
@@ -674,6 +686,19 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     // Nothing is in flight here, but the compiler needs to be told outside of the loop.
     ptx::wait_products<0>();
     ptx::hold_sums(sum);
+  };
+
+  int turn = first_turn(p);
+  Work work = work_at(p, turn, kTokens);
+  start();
+  // Where registers allow it, a late step's factor waits in them.
+  constexpr bool kFactorWaits = kForward || kTokens < 256;
+  if (work.lora_steps > 0 && (kFactorWaits || !late_low_rank(p, turn))) load_factor(work.row0, 0);
+  for (;;) {
+    const bool more_work = kept(has_work(p, turn + 1)) != 0;
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) sum[i] = 0.0f;
+    if (!late_low_rank(p, turn)) multiply_low_rank(work);
     if (!kForward && p.dropout.active() && work.lora_steps > 0) {
       const Consumer c = this_consumer<kForward>();
       const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
@@ -710,12 +735,14 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     do {
       step(left > 1, left > 1 || more_work);
     } while (--left > 0);
+    work = get_work(window, turn);
+    if (!kFactorWaits && late_low_rank(p, turn) && work.lora_steps > 0) load_factor(work.row0, 0);
     ptx::wait_products<0>();
     ptx::hold_sums(sum);
     release(previous);
     previous = L::kStages;
-
-    work = get_work(window, turn++);
+    if (late_low_rank(p, turn)) multiply_low_rank(work);
+    ++turn;
     Work upcoming{};
     if (more_work) {
       ptx::wait_barrier(full(ring.stage), ring.phase);
@@ -911,6 +938,7 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   p.split = plan.split;
   p.share = plan.split == 1 && plan.share;
   if (p.share) p.tiles_w = (p.tiles_w + 1) / 2;
+  p.beside = rank > 0 && plan.beside > 0;
   p.input = make_tensor_map(arguments.input, kElement, arguments.m, reduction, reduction * 2,
                             p.share ? kTokens / 2 : kTokens, kStep, CU_TENSOR_MAP_SWIZZLE_128B);
   p.packed = make_tensor_map(matrix.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, matrix.n, matrix.k / 2, matrix.k / 2,
@@ -942,18 +970,23 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   allow_shared_memory(reinterpret_cast<const void*>(kernel), "linear_wgmma", kSharedBytes);
   const int cluster = p.share ? 2 : p.split, units = p.tiles_m * p.tiles_w;
   Launch shape{1, kThreads, kSharedBytes, stream, static_cast<unsigned>(cluster), true};
+  if (p.beside) p.skipped = static_cast<int>(ceil_div(arguments.m, plan.beside) * ceil_div(rank, 64));
   int clusters;
   if (p.split == 1) {
+    const int room = std::max(1, current_device().sm_count / cluster);
+    p.skipped = static_cast<int>(ceil_div(p.skipped, cluster));
+    if (units + p.skipped <= room) p.skipped = 0;
     p.whole = units;
-    clusters = std::min(units, std::max(1, current_device().sm_count / cluster));
+    clusters = std::min(units, room);
   } else {
     // As many turns of whole tiles as fill all clusters, and one in which a cluster shares a tile. Where the rest is
     // too much for that one, all tiles are shared, with as many clusters as there are tiles.
     clusters = resident_clusters(reinterpret_cast<const void*>(kernel), shape);
-    p.rounds = units / (clusters * cluster);
-    if (units - p.rounds * clusters * cluster > clusters) p.rounds = 0;
-    p.whole = p.rounds * clusters * cluster;
-    if (p.rounds == 0) clusters = units;
+    p.skipped = static_cast<int>(ceil_div(p.skipped, cluster)) * cluster;
+    p.rounds = (units + p.skipped) / (clusters * cluster);
+    if (units + p.skipped - p.rounds * clusters * cluster > clusters) p.rounds = 0;
+    p.whole = p.rounds * clusters * cluster - p.skipped;
+    if (p.rounds == 0) clusters = units, p.whole = p.skipped = 0;
   }
   shape.grid = grid_size(int64_t{clusters} * cluster, "linear_wgmma");
   const std::string problem = "of " + std::to_string(p.m) + " rows and a [" + std::to_string(matrix.n) + ", " +

@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/linear_kernels.h"
 #include "kernels/cuda/lora_kernels.h"
 #include "kernels/cuda/tile.h"
 #include "ptx/cluster.h"
@@ -512,8 +513,9 @@ void lora_grad(const char* name, DType dtype, int64_t m, int64_t columns, int64_
 
 }  // namespace
 
-void lora_down(DType dtype, int64_t m, int64_t k, int64_t rank, const void* x, const void* a, float scaling,
-               const Dropout& dropout, void* xa, cudaStream_t stream) {
+void lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x, const void* a,
+               float scaling, const Dropout& dropout, void* xa, cudaStream_t stream) {
+  const int64_t k = weight.k;
   if (m <= 0 || rank <= 0) return;
   const std::string problem =
       "of " + std::to_string(m) + " rows, " + std::to_string(k) + " columns and rank " + std::to_string(rank);
@@ -527,7 +529,11 @@ void lora_down(DType dtype, int64_t m, int64_t k, int64_t rank, const void* x, c
   }
   const float alpha = dropout.active() ? scaling * dropout.scale : scaling;
   const Output output{{xa, false, m, rank, rank, 1, alpha}, nullptr};
-  if (!dropout.active() && lora_wgmma("lora_down", problem, dtype, false, false, {x, a, k, output}, stream)) return;
+  if (!dropout.active()) {
+    const LinearPlan plan = plan_lora_linear(LinearDirection::kForward, weight, dtype, m, rank);
+    const SkinnyProblem skinny{x, a, k, output, plan.beside, plan.cluster()};
+    if (lora_wgmma("lora_down", problem, dtype, false, false, skinny, stream)) return;
+  }
   if (dtype == DType::kFloat32) {
     skinny_simt("lora_down", problem, {static_cast<const float*>(x), m, k, 1},
                 {static_cast<const float*>(a), rank, k, 1}, k, dropout, output, 1, stream);
@@ -540,14 +546,20 @@ void lora_down(DType dtype, int64_t m, int64_t k, int64_t rank, const void* x, c
   });
 }
 
-void lora_dya(DType dtype, int64_t m, int64_t n, int64_t rank, const void* dy, const void* b, float scaling, void* dya,
-              cudaStream_t stream) {
+void lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy, const void* b,
+              float scaling, const Dropout& dropout, void* dya, cudaStream_t stream) {
+  const int64_t n = weight.n;
   if (m <= 0 || rank <= 0) return;
   const std::string problem =
       "of " + std::to_string(m) + " rows, " + std::to_string(n) + " columns and rank " + std::to_string(rank);
   const Dropout no_dropout{nullptr, 0, 1.0f};
   const Output output{{dya, false, m, rank, rank, 1, scaling}, nullptr};
-  if (lora_wgmma("lora_dya", problem, dtype, false, true, {dy, b, n, output}, stream)) return;
+  SkinnyProblem skinny{dy, b, n, output};
+  if (!dropout.active()) {
+    const LinearPlan plan = plan_lora_linear(LinearDirection::kDx, weight, dtype, m, rank);
+    skinny.beside_rows = plan.beside, skinny.beside_cluster = plan.cluster();
+  }
+  if (lora_wgmma("lora_dya", problem, dtype, false, true, skinny, stream)) return;
   if (dtype == DType::kFloat32) {
     skinny_simt("lora_dya", problem, {static_cast<const float*>(dy), m, n, 1},
                 {static_cast<const float*>(b), rank, 1, rank}, n, no_dropout, output, 1, stream);

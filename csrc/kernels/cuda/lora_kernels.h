@@ -35,6 +35,8 @@ struct SkinnyProblem {
   const void *large, *small;
   int64_t reduction;
   SkinnyOutput output;
+  // Where it runs beside the linear that follows: the rows of its blocks, and their cluster. See LinearPlan.
+  int beside_rows = 0, beside_cluster = 1;
 };
 
 // Many rows on Hopper; false, with nothing launched, where it is not for the device, the type or the shape.

@@ -6,6 +6,9 @@
 // that x·Aᵀ, dy·B, dyaᵀ·x and dyᵀ·xa are the same kernel. Columns beyond the rank arrive as zeros. All four are bound
 // by reading the large operand: where tiles are too few to keep memory busy, the blocks of a cluster share the
 // reduction of one, send each other their parts of its rows, and each adds up its share in order.
+//
+// Or, for x·Aᵀ and dy·B beside the linear that needs them last (LinearPlan::beside): as few blocks as finish in time, of
+// up to four warpgroups for 64 rows each, on the multiprocessors that the linear leaves free.
 #include <algorithm>
 
 #include "kernels/cuda/element.h"
@@ -20,34 +23,46 @@ namespace pyquant::cuda {
 namespace {
 
 constexpr int kTile = 64;   // of the output's two sizes, and of a step
-constexpr int kStages = 5;  // with which two blocks fit an SM
 constexpr int kOperandBytes = kTile * kTile * 2;
-constexpr int kConsumers = 128;
-constexpr int kThreads = kConsumers + 32;
 constexpr unsigned kLargestCluster = 8;
-constexpr int kSharedBytes = 2 * kStages * kOperandBytes + 1024;  // to align it
+constexpr int kInboxRow = kTile + 4;  // floats: neither rows nor columns meet more than twice in a bank
+
+// By the number of warpgroups that multiply.
+template <int kGroups>
+struct Layout {
+  static constexpr int kStages = 5;  // two blocks of one group fit an SM, and one of four
+  static constexpr int kConsumers = 128 * kGroups, kThreads = kConsumers + 32;
+  static constexpr int kLargeBytes = kGroups * kOperandBytes, kStageBytes = kLargeBytes + kOperandBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes + 1024;  // to align it
+};
 
 struct Parameters {
   CUtensorMap large, small;
   SkinnyOutput output;
   int steps, rank_tiles;
+  int parts;  // blocks of a cluster that share a tile, or 1, and then a cluster is only to lie side by side
 };
 
 // kLargeByStep: the large operand is [reduction, outer], else [outer, reduction]; kSmallByStep: the small one is
 // [reduction, rank], else [rank, reduction].
-template <typename T, bool kLargeByStep, bool kSmallByStep>
-__global__ void __launch_bounds__(kThreads) lora_wgmma_kernel(const __grid_constant__ Parameters p) {
+template <typename T, bool kLargeByStep, bool kSmallByStep, int kGroups>
+__global__ void __launch_bounds__(Layout<kGroups>::kThreads) lora_wgmma_kernel(const __grid_constant__ Parameters p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using L = Layout<kGroups>;
+  constexpr int kStages = L::kStages, kConsumers = L::kConsumers;
+  static_assert(kGroups == 1 || !kLargeByStep);
   extern __shared__ __align__(1024) unsigned char dynamic_shared[];
-  __shared__ float inbox[kTile * kTile];  // [block][row of this block's share][column]
+  // [block][row of this block's share][column]
+  __shared__ alignas(8) float inbox[kGroups == 1 ? kTile * kInboxRow : 1];
   __shared__ alignas(8) uint64_t full[kStages], empty[kStages], received;
   const uint32_t stages = (ptx::shared_address(dynamic_shared) + 1023) & ~1023u;
-  const auto large_at = [stages](int stage) { return stages + stage * 2 * kOperandBytes; };
-  const auto small_at = [stages](int stage) { return stages + stage * 2 * kOperandBytes + kOperandBytes; };
+  const auto large_at = [stages](int stage) { return stages + stage * L::kStageBytes; };
+  const auto small_at = [stages](int stage) { return stages + stage * L::kStageBytes + L::kLargeBytes; };
 
-  const int parts = static_cast<int>(ptx::cluster_size()), part = static_cast<int>(ptx::cluster_rank());
+  const int parts = kGroups == 1 ? p.parts : 1, part = parts > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
   const int tile = static_cast<int>(blockIdx.x) / parts;
-  const int outer0 = tile / p.rank_tiles * kTile, rank0 = tile % p.rank_tiles * kTile;
+  const int outer0 = tile / p.rank_tiles * kGroups * kTile, rank0 = tile % p.rank_tiles * kTile;
+  if (outer0 >= p.output.outer) return;  // only there to complete a cluster
   const int first = p.steps * part / parts, steps = p.steps * (part + 1) / parts - first;
   const int columns = min(kTile, static_cast<int>(p.output.rank) - rank0 + 7 & ~7);  // that are sent
   const int rows = kTile / parts;                                                    // of this block's share
@@ -74,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) lora_wgmma_kernel(const __grid_const
         const int stage = step % kStages, at = (first + step) * kTile;
         const uint32_t barrier = ptx::shared_address(&full[stage]);
         ptx::wait_barrier(&empty[stage], step / kStages & 1 ^ 1);
-        ptx::expect_bytes(barrier, 2 * kOperandBytes);
+        ptx::expect_bytes(barrier, L::kStageBytes);
         ptx::copy_tile(large_at(stage), &p.large, kLargeByStep ? outer0 : at, kLargeByStep ? at : outer0, barrier);
         ptx::copy_tile(small_at(stage), &p.small, kSmallByStep ? rank0 : at, kSmallByStep ? at : rank0, barrier);
       }
@@ -84,12 +99,13 @@ __global__ void __launch_bounds__(kThreads) lora_wgmma_kernel(const __grid_const
     return;
   }
 
+  const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float sum[kTile / 2] = {};
   for (int step = 0; step < steps; ++step) {
     const int stage = step % kStages;
     ptx::wait_barrier(&full[stage], step / kStages & 1);
     // 16 along the reduction are 32 bytes of a row, or 16 rows of 128.
-    const uint32_t a = ptx::operand_128(large_at(stage)), b = ptx::operand_128(small_at(stage));
+    const uint32_t a = ptx::operand_128(large_at(stage) + group * kOperandBytes), b = ptx::operand_128(small_at(stage));
     ptx::fence_products();
 #pragma unroll
     for (int chunk = 0; chunk < 4; ++chunk) {
@@ -103,35 +119,31 @@ __global__ void __launch_bounds__(kThreads) lora_wgmma_kernel(const __grid_const
   ptx::wait_products<0>();
   ptx::hold_sums(sum);
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   if (parts > 1) ptx::wait_cluster();  // the other blocks' barriers are ready
 #pragma unroll
   for (int j = 0; j < kTile / 8; ++j) {
     if (8 * j >= columns) break;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = 16 * warp + g + 8 * half;
+      const int row = 16 * warp + g + 8 * half, column = 8 * j + 2 * t;
       const float2 values = make_float2(sum[4 * j + 2 * half], sum[4 * j + 2 * half + 1]);
-      const int owner = row / rows;
-      float* to = inbox + (part * rows + row - owner * rows) * kTile + 8 * j + 2 * t;
       if (parts > 1) {
-        ptx::send_to_rank(to, &received, owner, values);
+        const int owner = row / rows;
+        ptx::send_to_rank(inbox + (part * rows + row - owner * rows) * kInboxRow + column, &received, owner, values);
       } else {
-        *reinterpret_cast<float2*>(to) = values;
+        store_skinny<T>(p.output, outer0 + group * kTile + row, rank0 + column, values.x);
+        store_skinny<T>(p.output, outer0 + group * kTile + row, rank0 + column + 1, values.y);
       }
     }
   }
-  if (parts > 1) {
-    ptx::wait_barrier(&received, 0);
-  } else {
-    asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
-  }
+  if (parts == 1) return;
+  ptx::wait_barrier(&received, 0);
   // Along the output's contiguous dimension.
   const bool by_outer = p.output.outer_stride == 1;
   for (int index = threadIdx.x; index < rows * columns; index += kConsumers) {
     const int i = by_outer ? index % rows : index / columns, j = by_outer ? index / rows : index % columns;
     float total = 0.0f;
-    for (int from = 0; from < parts; ++from) total += inbox[(from * rows + i) * kTile + j];
+    for (int from = 0; from < parts; ++from) total += inbox[(from * rows + i) * kInboxRow + j];
     store_skinny<T>(p.output, outer0 + part * rows + i, rank0 + j, total);
   }
 #else
@@ -139,32 +151,54 @@ __global__ void __launch_bounds__(kThreads) lora_wgmma_kernel(const __grid_const
 #endif
 }
 
-template <typename T, bool kLargeByStep, bool kSmallByStep>
-void launch(const char* name, const std::string& problem, const SkinnyProblem& problem_shape, cudaStream_t stream) {
-  const SkinnyProblem& s = problem_shape;
+template <typename T, bool kLargeByStep, bool kSmallByStep, int kGroups>
+void launch(const char* name, const std::string& problem, const SkinnyProblem& s, cudaStream_t stream) {
+  using L = Layout<kGroups>;
   constexpr CUtensorMapDataType kElement =
       std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const auto map = [&](const void* data, bool by_step, int64_t size) {
+  const auto map = [&](const void* data, bool by_step, int64_t size, int rows_of_tile) {
     const int64_t rows = by_step ? s.reduction : size, columns = by_step ? size : s.reduction;
-    return make_tensor_map(data, kElement, rows, columns, columns * 2, kTile, kTile, CU_TENSOR_MAP_SWIZZLE_128B);
+    return make_tensor_map(data, kElement, rows, columns, columns * 2, rows_of_tile, kTile,
+                           CU_TENSOR_MAP_SWIZZLE_128B);
   };
   Parameters p{};
-  p.large = map(s.large, kLargeByStep, s.output.outer);
-  p.small = map(s.small, kSmallByStep, s.output.rank);
+  p.large = map(s.large, kLargeByStep, s.output.outer, kGroups * kTile);
+  p.small = map(s.small, kSmallByStep, s.output.rank, kTile);
   p.output = s.output;
   p.steps = static_cast<int>(ceil_div(s.reduction, kTile));
   p.rank_tiles = static_cast<int>(ceil_div(s.output.rank, kTile));
-  const auto kernel = lora_wgmma_kernel<T, kLargeByStep, kSmallByStep>;
-  allow_shared_memory(reinterpret_cast<const void*>(kernel), name, kSharedBytes);
-  const int64_t tiles = ceil_div(s.output.outer, kTile) * p.rank_tiles;
-  // Two blocks fit an SM: as many as that, each with four steps or more.
+  p.parts = 1;
+  const auto kernel = lora_wgmma_kernel<T, kLargeByStep, kSmallByStep, kGroups>;
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), name, L::kSharedBytes);
+  int64_t blocks = ceil_div(s.output.outer, kGroups * kTile) * p.rank_tiles;
   unsigned cluster = 1;
-  while (2 * cluster <= kLargestCluster && tiles * cluster * 2 <= 2 * current_device().sm_count &&
-         p.steps >= static_cast<int>(8 * cluster)) {
-    cluster *= 2;
+  if (s.beside_rows > 0) {
+    // A cluster leaves room for whole clusters.
+    cluster = static_cast<unsigned>(s.beside_cluster);
+    blocks = ceil_div(blocks, int64_t{cluster}) * cluster;
+  } else {
+    // Two blocks fit an SM: as many as that, each with four steps or more.
+    while (2 * cluster <= kLargestCluster && blocks * cluster * 2 <= 2 * current_device().sm_count &&
+           p.steps >= static_cast<int>(8 * cluster)) {
+      cluster *= 2;
+    }
+    p.parts = static_cast<int>(cluster);
+    blocks *= cluster;
   }
-  const unsigned grid = grid_size(tiles * cluster, name);
-  launch_kernel(name, problem, Launch{grid, kThreads, kSharedBytes, stream, cluster, true}, kernel, p);
+  const Launch shape{grid_size(blocks, name), L::kThreads, L::kSharedBytes, stream, cluster, true};
+  launch_kernel(name, problem, shape, kernel, p);
+}
+
+template <typename T, bool kSmallByStep>
+void launch_groups(const char* name, const std::string& problem, const SkinnyProblem& s, cudaStream_t stream) {
+  switch (s.beside_rows) {
+    case 256:
+      return launch<T, false, kSmallByStep, 4>(name, problem, s, stream);
+    case 128:
+      return launch<T, false, kSmallByStep, 2>(name, problem, s, stream);
+    default:
+      return launch<T, false, kSmallByStep, 1>(name, problem, s, stream);
+  }
 }
 
 }  // namespace
@@ -183,11 +217,11 @@ bool lora_wgmma(const char* name, const std::string& problem, DType dtype, bool 
   with_half_type(dtype, [&](auto element) {
     using T = decltype(element);
     if (large_by_step) {
-      launch<T, true, true>(name, problem, s, stream);
+      launch<T, true, true, 1>(name, problem, s, stream);
     } else if (small_by_step) {
-      launch<T, false, true>(name, problem, s, stream);
+      launch_groups<T, true>(name, problem, s, stream);
     } else {
-      launch<T, false, false>(name, problem, s, stream);
+      launch_groups<T, false>(name, problem, s, stream);
     }
   });
   return true;
