@@ -149,8 +149,8 @@ LinearPlan wgmma_plan(const LinearProblem& p, int tokens, int split, int beside)
   plan.beside = beside;
   const int64_t blocks = plan.blocks_beside(p);
   const int64_t clusters = std::max<int64_t>(1, static_cast<int64_t>(p.sm_count * kClusterShare[split]) / split);
-  // Turns of whole tiles, and turns of shared ones: one behind those, or else nothing but shared ones. In the first, the
-  // blocks beside take the place of tiles.
+  // Turns of whole tiles, and turns of shared ones: one behind those, or else nothing but shared ones. In the first,
+  // the blocks beside take the place of tiles.
   int64_t rounds = (tiles + blocks) / (clusters * split), shared_rounds = 0;
   if (split == 1) {
     rounds = ceil_div(tiles + blocks, clusters);
@@ -303,13 +303,14 @@ std::string describe(const LinearProblem& problem, const LinearPlan& plan) {
   const std::string beside =
       plan.beside == 0 ? "" : " beside " + std::to_string(plan.blocks_beside(problem)) + " blocks of the adapter's";
   char line[320];
-  std::snprintf(line, sizeof(line),
-                "%s m=%lld n=%lld k=%lld rank=%lld blocksize=%lld %s sm_%d%s: %s tile %dx%dx%d split %d%s, about %.1f us",
-                problem.direction == LinearDirection::kForward ? "linear_4bit" : "linear_4bit_dx",
-                static_cast<long long>(problem.m), static_cast<long long>(problem.n), static_cast<long long>(problem.k),
-                static_cast<long long>(problem.rank), static_cast<long long>(problem.blocksize), dtype, problem.arch,
-                problem.aligned ? "" : " unaligned", name_of(plan.kernel), plan.tile_m, plan.tile_n, plan.tile_k,
-                plan.split, beside.c_str(), plan.microseconds);
+  std::snprintf(
+      line, sizeof(line),
+      "%s m=%lld n=%lld k=%lld rank=%lld blocksize=%lld %s sm_%d%s: %s tile %dx%dx%d split %d%s, about %.1f us",
+      problem.direction == LinearDirection::kForward ? "linear_4bit" : "linear_4bit_dx",
+      static_cast<long long>(problem.m), static_cast<long long>(problem.n), static_cast<long long>(problem.k),
+      static_cast<long long>(problem.rank), static_cast<long long>(problem.blocksize), dtype, problem.arch,
+      problem.aligned ? "" : " unaligned", name_of(plan.kernel), plan.tile_m, plan.tile_n, plan.tile_k, plan.split,
+      beside.c_str(), plan.microseconds);
   return line;
 }
 

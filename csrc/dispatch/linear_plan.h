@@ -33,7 +33,8 @@ struct LinearProblem {
   bool operator==(const LinearProblem& other) const { return all() == other.all(); }
 
  private:
-  std::tuple<LinearDirection, int64_t, int64_t, int64_t, DType, int64_t, bool, int64_t, int, bool, int, bool> all() const {
+  std::tuple<LinearDirection, int64_t, int64_t, int64_t, DType, int64_t, bool, int64_t, int, bool, int, bool> all()
+      const {
     return {direction, m, n, k, dtype, rank, dropout, blocksize, arch, sm_90a, sm_count, aligned};
   }
 };

@@ -86,8 +86,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(Tensor dy, Tensor x
   Tensor dya = torch::stable::new_empty(input.tensor, {input.rows, adapter.rank});
   backend.lora_dya(weight.view, gradient, adapter.rank, adapter.b, static_cast<float>(scaling), mask, dya);
   if (needs_dx) {
-    backend.linear_4bit_dx(weight.view, gradient,
-                           {dya.data_ptr(), adapter.a.data_ptr(), adapter.rank, mask.active()}, mask, dx);
+    backend.linear_4bit_dx(weight.view, gradient, {dya.data_ptr(), adapter.a.data_ptr(), adapter.rank, mask.active()},
+                           mask, dx);
   }
   backend.lora_grad_a(input, k, adapter.rank, dya, mask, da);
   backend.lora_grad_b(gradient, n, adapter.rank, xa_values, db);

@@ -30,8 +30,8 @@ __device__ inline void arrive(uint32_t barrier) {
 __device__ inline void arrive(uint64_t* barrier) { arrive(shared_address(barrier)); }
 
 // What all lanes of a warp have read or written is done: kWarpArrivals arrivals. One lane arrives for all, as
-// __syncwarp orders their accesses before its own. compute-sanitizer's racecheck does not follow that; in a build for it
-// (PYQUANT_RACECHECK) every lane arrives.
+// __syncwarp orders their accesses before its own. compute-sanitizer's racecheck does not follow that; in a build for
+// it (PYQUANT_RACECHECK) every lane arrives.
 #ifdef PYQUANT_RACECHECK
 constexpr int kWarpArrivals = 32;
 __device__ inline void arrive_for_warp(uint32_t barrier) { arrive(barrier); }

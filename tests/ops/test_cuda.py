@@ -1,11 +1,14 @@
 """What only a GPU has: streams, the current device, CUDA graphs, large shapes, and the CPU as its witness."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import reference
 import torch
 from ops.test_linear import each_dtype, each_type, quantized
 from ops.test_lora import adapter, check_lora, seed_tensor
 
+import pyquant
 import pyquant.functional as F
 from pyquant.bench.shapes import MISTRAL_7B
 
@@ -68,6 +71,25 @@ def test_ops_run_on_the_current_stream():
     assert torch.equal(y, expected)
     assert torch.equal(packed, F.quantize_4bit(x, quant_type="nf4", compress_statistics=True)[0])
     assert torch.equal(dense, F.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("op", ["forward", "dx", "backward"])
+def test_an_op_may_be_the_first_that_a_thread_asks_of_the_gpu(op):
+    """Such as in autograd's thread, when a loss is the layer's output itself."""
+    n, k, rank = 256, 512, 16
+    weight, _ = quantized(n, k, device="cuda")
+    x, dy = (torch.randn(100, size, device="cuda").bfloat16() for size in (k, n))
+    lora_A, lora_B = adapter(n, k, rank, torch.bfloat16, "cuda")
+    _, xa = ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 0.5, 0.0, None)
+    torch.cuda.synchronize()
+    calls = {
+        "forward": lambda: ops.linear_4bit(x, *weight, None),
+        "dx": lambda: ops.linear_4bit_dx(dy, *weight),
+        "backward": lambda: ops.lora_linear_4bit_backward(dy, x, xa, *weight, lora_A, lora_B, 0.5, 0.0, None, True)[0],
+    }
+    with ThreadPoolExecutor(1) as thread:
+        elsewhere = thread.submit(calls[op]).result()
+    assert torch.equal(elsewhere, calls[op]())
 
 
 def test_ops_follow_their_tensors_device():
@@ -341,33 +363,36 @@ BESIDE = [
 
 @pytest.mark.parametrize(("plan", "rows", "n", "k"), BESIDE)
 @pytest.mark.parametrize("rank", [8, 16, 64, 136])
-def test_an_adapters_products_beside_the_linear_meet_the_bound(monkeypatch, plan, rows, n, k, rank):
-    """Forward and dX, each of a weight whose output has n columns, with a last kernel before that writes the input."""
+@pytest.mark.parametrize("direction", ["forward", "dx"])
+def test_an_adapters_products_beside_the_linear_meet_the_bound(monkeypatch, plan, rows, n, k, rank, direction):
+    """Of a weight whose output has n columns, behind a kernel that writes the input."""
+    forward = direction == "forward"
     monkeypatch.setenv("PYQUANT_KERNEL", plan)
-    for forward in (True, False):
-        weight, exact = quantized(n if forward else k, k if forward else n, device="cuda")
-        exact = exact.cuda()
-        lora_A, lora_B = adapter(*exact.shape, rank, torch.bfloat16, "cuda")
-        source = torch.randn(rows, k, device="cuda")
-        other = torch.randn(rows, n, device="cuda").bfloat16()  # whose values do not matter
+    shape = (n, k) if forward else (k, n)
+    assert " beside " in pyquant.explain_plan(rows, *shape, rank=rank, direction=direction, arch=90, sm_count=132)
+    weight, exact = quantized(*shape, device="cuda")
+    exact = exact.cuda()
+    lora_A, lora_B = adapter(*exact.shape, rank, torch.bfloat16, "cuda")
+    source = torch.randn(rows, k, device="cuda")
+    other = torch.randn(rows, n, device="cuda").bfloat16()  # whose values do not matter
 
-        def run():
-            x = source.bfloat16()
-            if forward:
-                return x, *ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 0.5, 0.0, None)
-            xa = torch.zeros(rows, rank, device="cuda", dtype=torch.bfloat16)
-            dx, dA, _ = ops.lora_linear_4bit_backward(x, other, xa, *weight, lora_A, lora_B, 0.5, 0.0, None, True)
-            return x, dx, dA
+    def run():
+        x = source.bfloat16()
+        if forward:
+            return x, *ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 0.5, 0.0, None)
+        xa = torch.zeros(rows, rank, device="cuda", dtype=torch.bfloat16)
+        dx, dA, _ = ops.lora_linear_4bit_backward(x, other, xa, *weight, lora_A, lora_B, 0.5, 0.0, None, True)
+        return x, dx, dA
 
-        x, y, _ = first = run()
-        left, right = (lora_A.T, lora_B.T) if forward else (lora_B, lora_A)
-        low = (0.5 * (x.double() @ left.double())).bfloat16()
-        dense = exact.T if forward else exact
-        truth = x.double() @ dense.double() + low.double() @ right.double()
-        baseline = torch.cat([x, low], 1) @ torch.cat([dense.bfloat16(), right])
-        reference.assert_within_bound(y, baseline, truth, "y" if forward else "dx")
-        for _ in range(3):
-            assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+    x, y, _ = first = run()
+    left, right = (lora_A.T, lora_B.T) if forward else (lora_B, lora_A)
+    low = (0.5 * (x.double() @ left.double())).bfloat16()
+    dense = exact.T if forward else exact
+    truth = x.double() @ dense.double() + low.double() @ right.double()
+    baseline = torch.cat([x, low], 1) @ torch.cat([dense.bfloat16(), right])
+    reference.assert_within_bound(y, baseline, truth, "y" if forward else "dx")
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
 @pytest.mark.parametrize("rank", [8, 16, 40, 64, 136, 12])

@@ -46,8 +46,8 @@ void run(LinearDirection direction, const LinearArguments& arguments, cudaStream
   if (arguments.m <= 0 || matrix.numel() <= 0) return;
   const bool aligned = aligned_16(arguments.input) && aligned_16(matrix.packed) && aligned_16(arguments.lora.left) &&
                        aligned_16(arguments.lora.factor);
-  const LinearProblem problem = problem_of(direction, matrix, arguments.dtype, arguments.m, arguments.lora.rank,
-                                           arguments.lora.dropout, aligned);
+  const LinearProblem problem =
+      problem_of(direction, matrix, arguments.dtype, arguments.m, arguments.lora.rank, arguments.lora.dropout, aligned);
   const LinearPlan plan = plan_linear(problem);
   log_plan(problem, plan);
   switch (plan.kernel) {

@@ -88,13 +88,13 @@ struct Parameters {
   int rank, lora_steps;
   int tiles_m, tiles_w;  // tiles_w counts pairs where blocks share activations
   // The first `whole` units are done by single blocks (pairs, where they share activations), in `rounds` turns;
-  // clusters of `split` blocks do one more each, where there is one. In the first turn the last `skipped` blocks (pairs)
-  // have no unit: lora.beside.
+  // clusters of `split` blocks do one more each, where there is one. In the first turn the last `skipped` blocks
+  // (pairs) have no unit: lora.beside.
   int whole, rounds, split, skipped;
   int first_step[9];  // of the parts of a shared tile
   bool share;
   bool beside;  // the previous kernel, still running, writes `left` and nothing else that this one touches
-  bool quick;  // blocks of 64, double quantization, codes in whole words
+  bool quick;   // blocks of 64, double quantization, codes in whole words
 };
 
 template <int kStages>
@@ -205,8 +205,8 @@ __device__ inline uint32_t split_scale(float scale) {
   return pack_pair<T>(to_float(high), scale - to_float(high));
 }
 
-// The part of the two warps that decode absmax, from `work`, that of `turn`, on. A thread has two values a step. Forward: of rows id and
-// id + 64 of the tile; dX: of row id of the step, for the two halves of the tile's columns.
+// The part of the two warps that decode absmax, from `work`, that of `turn`, on. A thread has two values a step.
+// Forward: of rows id and id + 64 of the tile; dX: of row id of the step, for the two halves of the tile's columns.
 template <typename T, LinearDirection kDirection, int kTokens>
 __device__ inline void decode_absmax(const Parameters& p, uint32_t window, int turn, Work& work) {
   using L = Layout<kTokens>;
@@ -597,8 +597,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
 
   // One lane of a warp arrives for its own block, another for the block that shares activations, and the others have 0
   // here.
-  const uint32_t release_at = kept(
-      lane < (p.share ? 2 : 1) ? ptx::address_in_rank(window + L::kEmpty, lane == 1 ? rank ^ 1 : rank) : 0);
+  const uint32_t release_at =
+      kept(lane < (p.share ? 2 : 1) ? ptx::address_in_rank(window + L::kEmpty, lane == 1 ? rank ^ 1 : rank) : 0);
   const auto release = [&](int stage) {
     if (release_at != 0) ptx::arrive_in_rank(release_at + 8 * stage);
   };

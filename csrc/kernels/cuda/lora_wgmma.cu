@@ -7,8 +7,8 @@
 // by reading the large operand: where tiles are too few to keep memory busy, the blocks of a cluster share the
 // reduction of one, send each other their parts of its rows, and each adds up its share in order.
 //
-// Or, for x·Aᵀ and dy·B beside the linear that needs them last (LinearPlan::beside): as few blocks as finish in time, of
-// up to four warpgroups for 64 rows each, on the multiprocessors that the linear leaves free.
+// Or, for x·Aᵀ and dy·B beside the linear that needs them last (LinearPlan::beside): as few blocks as finish in time,
+// of up to four warpgroups for 64 rows each, on the multiprocessors that the linear leaves free.
 #include <algorithm>
 
 #include "kernels/cuda/element.h"
@@ -22,7 +22,7 @@
 namespace pyquant::cuda {
 namespace {
 
-constexpr int kTile = 64;   // of the output's two sizes, and of a step
+constexpr int kTile = 64;  // of the output's two sizes, and of a step
 constexpr int kOperandBytes = kTile * kTile * 2;
 constexpr unsigned kLargestCluster = 8;
 constexpr int kInboxRow = kTile + 4;  // floats: neither rows nor columns meet more than twice in a bank
@@ -158,8 +158,7 @@ void launch(const char* name, const std::string& problem, const SkinnyProblem& s
       std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const auto map = [&](const void* data, bool by_step, int64_t size, int rows_of_tile) {
     const int64_t rows = by_step ? s.reduction : size, columns = by_step ? size : s.reduction;
-    return make_tensor_map(data, kElement, rows, columns, columns * 2, rows_of_tile, kTile,
-                           CU_TENSOR_MAP_SWIZZLE_128B);
+    return make_tensor_map(data, kElement, rows, columns, columns * 2, rows_of_tile, kTile, CU_TENSOR_MAP_SWIZZLE_128B);
   };
   Parameters p{};
   p.large = map(s.large, kLargeByStep, s.output.outer, kGroups * kTile);

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/tensor_map.h"
 
 namespace pyquant::cuda {
@@ -33,9 +34,17 @@ CUtensorMap make_tensor_map(const void* base, CUtensorMapDataType type, int64_t 
   const cuuint64_t pitches[1] = {static_cast<cuuint64_t>(pitch)};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
-  const CUresult result =
-      encode(&map, type, 2, const_cast<void*>(base), sizes, pitches, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto fill = [&] {
+    return encode(&map, type, 2, const_cast<void*>(base), sizes, pitches, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = fill();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {
+    // A thread that has launched nothing yet, autograd's for example, has a current device but no current context, which
+    // the driver wants and the runtime makes.
+    cudaSetDevice(current_device().index);
+    result = fill();
+  }
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("pyquant: cuTensorMapEncodeTiled refused a [" + std::to_string(rows) + ", " +
                              std::to_string(columns) + "] matrix with rows " + std::to_string(pitch) +
