@@ -100,7 +100,8 @@ def plans(n: int, k: int, direction: str, m: int, most: int) -> list[tuple[int, 
         for split in range(1, min(tile // 8, 8) + 1):
             case = {"n": n, "k": k, "direction": direction, "m": m, "tile": tile, "split": split}
             steps, _, exchanges = terms(case)
-            ranked.append((steps * (0.5 + tile / 512) + 3 * exchanges, tile, split))
+            step = 0.5 + tile / 512 if tile > 64 else 0.3 + tile / 1024
+            ranked.append((steps * step + 3 * exchanges, tile, split))
     return [(tile, split) for _, tile, split in sorted(ranked)[:most]]
 
 

@@ -6,7 +6,8 @@
 // the reduction, the same threads decode the next one's weights straight into the registers of the left operand.
 // Decoded weights are never stored. Blocks are persistent; pairs of them (clusters) share the activations they copy.
 // Tiles that do not fill the GPU, be it all of them or those of a last wave, are shared by the blocks of a cluster,
-// which add their parts of the reduction through distributed shared memory.
+// which add their parts of the reduction through distributed shared memory. Few tokens leave registers for two teams of
+// consumers, which take every other step each: the time is then that of their instructions, not of the products.
 //
 // Weights and their statistics are read before the previous kernel has ended; everything else waits for that.
 #include <algorithm>
@@ -27,9 +28,8 @@ namespace pyquant::cuda {
 namespace {
 
 constexpr int kStep = 64;
-constexpr int kTileW = 128;      // rows of the left operand a block
-constexpr int kConsumers = 256;  // threads: two warpgroups
-constexpr int kThreads = kConsumers + 128;
+constexpr int kTileW = 128;  // rows of the left operand a block
+constexpr int kTeam = 256;   // threads of a team of consumers: two warpgroups
 [[maybe_unused]] constexpr int kScaleWarps = 2;
 constexpr int kPackedBytes = kTileW * kStep / 2;  // of W, a step
 constexpr int kScaleBytes = 1024;                 // decoded absmax, a step
@@ -50,7 +50,7 @@ constexpr int kBarriers = kNested + 1024;
 constexpr int kWorks = kBarriers + 512;  // of the last kWorksKept turns
 constexpr int kWorksKept = 16;           // more than the producer of activations runs ahead
 constexpr int kSharedBytes = kWorks + kWorksKept * 16 - kBase;
-constexpr int kPartBytes = kConsumers * 16;  // of a tile's sums: eight tokens of one block
+constexpr int kPartBytes = kTeam * 16;  // of a tile's sums: eight tokens of one block
 
 template <int kTokens>
 struct Layout {
@@ -101,8 +101,10 @@ template <int kStages>
 struct Ring {
   int stage = 0;
   uint32_t phase = 0;
+  template <int kBy = 1>
   __device__ void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
+    stage += kBy;
+    if (stage >= kStages) stage -= kStages, phase ^= 1;
   }
 };
 
@@ -206,12 +208,12 @@ __device__ inline uint32_t split_scale(float scale) {
 }
 
 // The part of the two warps that decode absmax, from `work`, that of `turn`, on. A thread has two values a step.
-// Forward: of rows id and id + 64 of the tile; dX: of row id of the step, for the two halves of the tile's columns.
+// Forward: of rows id and id + 64 of the tile; dX: of row id of the step, for the two halves of the tile's columns. `id`:
+// of the thread among those of the two warps.
 template <typename T, LinearDirection kDirection, int kTokens>
-__device__ inline void decode_absmax(const Parameters& p, uint32_t window, int turn, Work& work) {
+__device__ inline void decode_absmax(const Parameters& p, uint32_t window, int id, int turn, Work& work) {
   using L = Layout<kTokens>;
   constexpr bool kForward = kDirection == LinearDirection::kForward;
-  const int id = threadIdx.x - kConsumers - 32;
   const QuantizedMatrix& matrix = p.weight.matrix;
   const bool nested = matrix.double_quantized();
   const int shift = p.weight.blocksize_log2 - 5;
@@ -365,6 +367,7 @@ template <bool kForward>
 __device__ inline Consumer this_consumer() {
   uint32_t thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  thread %= kTeam;
   Consumer c;
   c.group = thread / 128, c.w = thread / 32 % 4, c.lane = thread % 32;
   c.g = c.lane / 4, c.t = c.lane % 4;
@@ -373,10 +376,12 @@ __device__ inline Consumer this_consumer() {
   return c;
 }
 
-template <typename T, LinearDirection kDirection, int kTokens>
-__global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_constant__ Parameters p) {
+// kTeams: of consumers. With two, a block has one turn, of two steps or more.
+template <typename T, LinearDirection kDirection, int kTokens, int kTeams>
+__global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(const __grid_constant__ Parameters p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using L = Layout<kTokens>;
+  constexpr int kConsumers = kTeams * kTeam, kThreads = kConsumers + 128;
   constexpr bool kForward = kDirection == LinearDirection::kForward;
   extern __shared__ __align__(1024) unsigned char dynamic_shared[];
   // In a cluster, addresses carry the block's rank above their lower 24 bits.
@@ -402,7 +407,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     ptx::init_barrier(empty(L::kStages), 1);
     for (int stage = 0; stage < L::kRing; ++stage) {
       ptx::init_barrier(full_w(stage), 1 + kScaleWarps * ptx::kWarpArrivals);
-      ptx::init_barrier(empty_w(stage), kConsumers / 32 * ptx::kWarpArrivals);
+      ptx::init_barrier(empty_w(stage), kTeam / 32 * ptx::kWarpArrivals);
     }
     ptx::init_barrier(window + L::kReceived, 1);
     ptx::fence_barrier_init();
@@ -475,13 +480,13 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       }
       __syncwarp();
     } else {
-      decode_absmax<T, kDirection, kTokens>(p, window, turn, work);
+      decode_absmax<T, kDirection, kTokens>(p, window, threadIdx.x - kConsumers - 32, turn, work);
     }
     if (p.share) ptx::arrive_cluster_relaxed(), ptx::wait_cluster();
     return;
   }
 
-  ptx::take_registers<224>();
+  ptx::take_registers<kTeams == 1 ? 224 : 104>();  // with the other 128 threads' 56, what a block is launched with
   // The first nibble of a byte is the even weight. Eight threads write an entry, 16 bytes each. A lane has one code:
   // read by the nibble itself, the constants would come one after the other.
   {
@@ -490,8 +495,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     for (int i = 0; i < 16; ++i) code = lane % 16 == i ? p.weight.codebook[i] : code;
     code *= p.table_scale;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int byte = warp * 32 + i * 4 + lane / 8;
+    for (int i = 0; i < 8 / kTeams; ++i) {
+      const int byte = (warp * 8 / kTeams + i) * 4 + lane / 8;
       const float first = __shfl_sync(0xFFFFFFFFu, code, byte >> 4), second = __shfl_sync(0xFFFFFFFFu, code, byte & 15);
       const uint32_t pair = pack_pair<T>(first, second);
       ptx::store_16(window + kTable + byte * 128 + lane % 8 * 16, make_uint4(pair, pair, pair, pair));
@@ -603,8 +608,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     if (release_at != 0) ptx::arrive_in_rank(release_at + 8 * stage);
   };
 
+  const int team = kTeams == 1 ? 0 : warp / (kTeam / 32);
   Ring<L::kStages> ring;      // of activations: the slot of this step
-  Ring<L::kRing> ring_w;      // of weights: the next slot that nobody has looked at
+  Ring<L::kRing> ring_w;      // of weights: the team's next slot, that it has not looked at
   int current_w = 0;          // of weights: the slot of this step
   int previous = L::kStages;  // of activations: the slot that products may still read, or "no slot"
   // One step, and the decoding of the one that follows, of this tile or the next; what is decoded behind the very last
@@ -616,7 +622,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     const uint32_t b = ptx::operand_128(slot_at(ring.stage));
     const int next_w = more_weights ? ring_w.stage : current_w;
     Ring<L::kStages> next = ring;
-    next.advance();
+    next.template advance<kTeams>();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       ptx::fence_products();
@@ -626,7 +632,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
       }
       ptx::commit_products();
       if (half == 0) {
-        const uint32_t phase = more_weights ? ring_w.phase : ring_w.phase ^ (ring_w.stage == 0 ? 1 : 0);
+        const uint32_t phase = more_weights ? ring_w.phase : ring_w.phase ^ (ring_w.stage < kTeams ? 1 : 0);
         ptx::wait_barrier(full_w(next_w), phase);
       } else {
         ptx::wait_barrier(full(more_activations ? next.stage : ring.stage), more_activations ? next.phase : ring.phase);
@@ -644,19 +650,20 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     previous = ring.stage;
     ring = next;
     current_w = next_w;
-    if (more_weights) ring_w.advance();
+    if (more_weights) ring_w.template advance<kTeams>();
   };
-  // Fills the pipeline with the block's first step.
+  // Fills the pipeline with the team's first step.
   const auto start = [&] {
-    ptx::wait_barrier(full_w(0), 0);
-    ring_w.advance();
-    load_words(0, 0);
-    load_scales(0, 0);
+    current_w = team;
+    ptx::wait_barrier(full_w(team), 0);
+    ring_w.template advance<kTeams>();
+    load_words(team, 0);
+    load_scales(team, 0);
     look_up_half();
     finish_half(0);
-    load_words(0, 1);
+    load_words(team, 1);
     look_up_half();
-    load_scales(0, 1);
+    load_scales(team, 1);
   };
 
   // The low-rank steps, whose first factor is loaded.
@@ -690,12 +697,17 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
 
   int turn = first_turn(p);
   Work work = work_at(p, turn, kTokens);
+  if (kTeams == 2 && team == 1) {
+    ring_w.advance();
+    for (int i = 0; i <= work.lora_steps; ++i) ring.advance();
+    work.lora_steps = 0;  // the other team's
+  }
   start();
   // Where registers allow it, a late step's factor waits in them.
   constexpr bool kFactorWaits = kForward || kTokens < 256;
   if (work.lora_steps > 0 && (kFactorWaits || !late_low_rank(p, turn))) load_factor(work.row0, 0);
   for (;;) {
-    const bool more_work = kept(has_work(p, turn + 1)) != 0;
+    const bool more_work = kTeams == 1 && kept(has_work(p, turn + 1)) != 0;
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) sum[i] = 0.0f;
     if (!late_low_rank(p, turn)) multiply_low_rank(work);
@@ -731,7 +743,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     }
 
     ptx::wait_barrier(full(ring.stage), ring.phase);
-    int left = work.steps;
+    int left = kTeams == 1 ? work.steps : (work.steps + 1 - team) / 2;
     do {
       step(left > 1, left > 1 || more_work);
     } while (--left > 0);
@@ -741,7 +753,29 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wgmma_kernel(const __grid_
     ptx::hold_sums(sum);
     release(previous);
     previous = L::kStages;
-    if (late_low_rank(p, turn)) multiply_low_rank(work);
+    if constexpr (kTeams == 2) {
+      // The second team's sums go to the first, through the buffers of the output, and it is done.
+      const uint32_t place = window + kGather + threadIdx.x % kTeam * 16;
+      if (team == 1) {
+#pragma unroll
+        for (int j = 0; j < kTokens / 8; ++j) {
+          ptx::store_16(place + j * kPartBytes,
+                        make_uint4(__float_as_uint(sum[4 * j]), __float_as_uint(sum[4 * j + 1]),
+                                   __float_as_uint(sum[4 * j + 2]), __float_as_uint(sum[4 * j + 3])));
+        }
+        sync_threads<5>(kConsumers);
+        return;
+      }
+      sync_threads<5>(kConsumers);
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) {
+        const uint4 v = ptx::load_16(place + j * kPartBytes);
+        sum[4 * j] += __uint_as_float(v.x), sum[4 * j + 1] += __uint_as_float(v.y);
+        sum[4 * j + 2] += __uint_as_float(v.z), sum[4 * j + 3] += __uint_as_float(v.w);
+      }
+      sync_threads<6>(kTeam);  // all have read before the output takes the buffers
+    }
+    if (kTeams == 1 && late_low_rank(p, turn)) multiply_low_rank(work);
     ++turn;
     Work upcoming{};
     if (more_work) {
@@ -925,6 +959,7 @@ float table_scale(const Weight& weight) {
 
 template <typename T, LinearDirection kDirection, int kTokens>
 void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream_t stream) {
+  constexpr int kMostTeams = kTokens <= 64 ? 2 : 1;
   constexpr bool kForward = kDirection == LinearDirection::kForward;
   constexpr CUtensorMapDataType kElement =
       std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -966,10 +1001,19 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   p.quick = matrix.double_quantized() && matrix.blocksize == 64 && matrix.k % (kForward ? 256 : 128) == 0 &&
             reinterpret_cast<uintptr_t>(matrix.absmax_codes) % 4 == 0;
 
-  const auto kernel = linear_wgmma_kernel<T, kDirection, kTokens>;
-  allow_shared_memory(reinterpret_cast<const void*>(kernel), "linear_wgmma", kSharedBytes);
   const int cluster = p.share ? 2 : p.split, units = p.tiles_m * p.tiles_w;
-  Launch shape{1, kThreads, kSharedBytes, stream, static_cast<unsigned>(cluster), true};
+  const std::string problem = "of " + std::to_string(p.m) + " rows and a [" + std::to_string(matrix.n) + ", " +
+                              std::to_string(matrix.k) + "] weight";
+  const auto launch_teams = [&](auto teams, int clusters) {
+    const auto kernel = linear_wgmma_kernel<T, kDirection, kTokens, decltype(teams)::value>;
+    allow_shared_memory(reinterpret_cast<const void*>(kernel), "linear_wgmma", kSharedBytes);
+    Launch shape{1, decltype(teams)::value * kTeam + 128, kSharedBytes, stream, static_cast<unsigned>(cluster), true};
+    if (clusters == 0) return resident_clusters(reinterpret_cast<const void*>(kernel), shape);
+    shape.grid = grid_size(int64_t{clusters} * cluster, "linear_wgmma");
+    launch_kernel("linear_wgmma", problem, shape, kernel, p);
+    return clusters;
+  };
+  constexpr std::integral_constant<int, 1> kOneTeam{};
   if (p.beside) p.skipped = static_cast<int>(ceil_div(arguments.m, plan.beside) * ceil_div(rank, 64));
   int clusters;
   if (p.split == 1) {
@@ -981,17 +1025,19 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   } else {
     // As many turns of whole tiles as fill all clusters, and one in which a cluster shares a tile. Where the rest is
     // too much for that one, all tiles are shared, with as many clusters as there are tiles.
-    clusters = resident_clusters(reinterpret_cast<const void*>(kernel), shape);
+    clusters = launch_teams(kOneTeam, 0);
     p.skipped = static_cast<int>(ceil_div(p.skipped, cluster)) * cluster;
     p.rounds = (units + p.skipped) / (clusters * cluster);
     if (units + p.skipped - p.rounds * clusters * cluster > clusters) p.rounds = 0;
     p.whole = p.rounds * clusters * cluster - p.skipped;
     if (p.rounds == 0) clusters = units, p.whole = p.skipped = 0;
   }
-  shape.grid = grid_size(int64_t{clusters} * cluster, "linear_wgmma");
-  const std::string problem = "of " + std::to_string(p.m) + " rows and a [" + std::to_string(matrix.n) + ", " +
-                              std::to_string(matrix.k) + "] weight";
-  launch_kernel("linear_wgmma", problem, shape, kernel, p);
+  const bool one_turn = clusters == units && p.rounds == 0 && !p.beside;
+  if (kMostTeams == 2 && one_turn && p.steps / p.split >= 2) {
+    launch_teams(std::integral_constant<int, kMostTeams>{}, clusters);
+  } else {
+    launch_teams(kOneTeam, clusters);
+  }
 }
 
 template <typename T, LinearDirection kDirection>
