@@ -207,9 +207,9 @@ __device__ inline uint32_t split_scale(float scale) {
   return pack_pair<T>(to_float(high), scale - to_float(high));
 }
 
-// The part of the two warps that decode absmax, from `work`, that of `turn`, on. A thread has two values a step.
-// Forward: of rows id and id + 64 of the tile; dX: of row id of the step, for the two halves of the tile's columns. `id`:
-// of the thread among those of the two warps.
+// The part of the two warps that decode absmax, from `work`, that of `turn`, on; `id`: of the thread among theirs. A
+// thread has two values a step. Forward: of rows id and id + 64 of the tile; dX: of row id of the step, for the two
+// halves of the tile's columns.
 template <typename T, LinearDirection kDirection, int kTokens>
 __device__ inline void decode_absmax(const Parameters& p, uint32_t window, int id, int turn, Work& work) {
   using L = Layout<kTokens>;

@@ -176,8 +176,8 @@ void launch(const char* name, const std::string& problem, const SkinnyProblem& s
     cluster = static_cast<unsigned>(s.beside_cluster);
     blocks = ceil_div(blocks, int64_t{cluster}) * cluster;
   } else {
-    // Two blocks fit an SM: as many as that, each with four steps or more.
-    while (2 * cluster <= kLargestCluster && blocks * cluster * 2 <= 2 * current_device().sm_count &&
+    // A block on every SM, each with four steps or more. (Two fit, but then twice as much is exchanged.)
+    while (2 * cluster <= kLargestCluster && blocks * cluster * 2 <= current_device().sm_count &&
            p.steps >= static_cast<int>(8 * cluster)) {
       cluster *= 2;
     }
