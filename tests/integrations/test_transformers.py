@@ -1,5 +1,6 @@
 """from_pretrained with a PyQuantConfig: against replace_linear on the loaded model, and bitsandbytes' own quantizer."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -382,6 +383,7 @@ def test_peak_gpu_memory_is_the_4bit_model_and_one_layer(tmp_path):
     dense.save_pretrained(tmp_path / "dense")
     layer = 2 * 2048 * 5632
     load(tmp_path / "dense", PyQuantConfig(verbose=False), device_map="cuda")  # what the first use allocates for good
+    gc.collect()  # that model, and what other tests left: freed during the load, it would hide what the load takes
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -389,7 +391,7 @@ def test_peak_gpu_memory_is_the_4bit_model_and_one_layer(tmp_path):
     assert all(p.is_cuda for p in model.parameters())
     used = torch.cuda.memory_allocated() - before
     peak = torch.cuda.max_memory_allocated() - before
-    assert used < 0.4 * 2 * dense.num_parameters()
+    assert 0.2 * 2 * dense.num_parameters() < used < 0.4 * 2 * dense.num_parameters()
     assert peak <= used + 1.1 * layer
 
 
