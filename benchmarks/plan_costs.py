@@ -20,6 +20,7 @@ ROWS = (32, 64, 128, 256, 512, 1024, 2048)
 # Clusters of 1 … 8 of these blocks that an H200 was seen to hold at a time: they stay within a GPC.
 CLUSTERS = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
 TILE_W, STEP = 128, 64
+TEAMS = 0.88  # of the time of a step, where two teams of consumers share them: as in wgmma_plan
 
 
 def turns(tiles: int, split: int) -> tuple[int, int]:
@@ -33,13 +34,16 @@ def turns(tiles: int, split: int) -> tuple[int, int]:
     return rounds, math.ceil((tiles - rounds * clusters * split) / clusters)
 
 
-def terms(case: dict) -> tuple[int, int, int]:
+def terms(case: dict) -> tuple[float, int, int]:
     """How many steps, tiles (or parts of one) and exchanges one block goes through."""
     columns, reduction = (case["n"], case["k"]) if case["direction"] == "forward" else (case["k"], case["n"])
     tiles = math.ceil(case["m"] / case["tile"]) * math.ceil(columns / TILE_W)
     rounds, shared = turns(tiles, case["split"])
     steps = math.ceil(reduction / STEP)
-    return rounds * steps + shared * math.ceil(steps / case["split"]), rounds + shared, shared
+    # Tiles of up to 64 rows, with one turn for each block, have two teams of consumers.
+    teams = case["tile"] <= 64 and rounds == (1 if case["split"] == 1 else 0) and steps >= 2 * case["split"]
+    total = rounds * steps + shared * math.ceil(steps / case["split"])
+    return total * (TEAMS if teams else 1), rounds + shared, shared
 
 
 def fit(cases: list[dict]) -> dict[str, float]:

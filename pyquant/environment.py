@@ -33,6 +33,7 @@ def explain_plan(
     rank: int = 0,
     blocksize: int = 64,
     direction: str = "forward",
+    dropout: bool = False,
     arch: int | None = None,
     sm_count: int | None = None,
 ) -> str:
@@ -48,6 +49,7 @@ def explain_plan(
         rank: of the LoRA adapter, 0 without one.
         blocksize: of the weight.
         direction: ``"forward"`` or ``"dx"``, the gradient of the input.
+        dropout: whether the adapter has any.
         arch: compute capability as in 90; by default that of the current GPU, or 90 without one.
         sm_count: multiprocessors; by default those of the current GPU, or 132 without one.
 
@@ -62,7 +64,7 @@ def explain_plan(
         if sm_count is None:
             sm_count = current.multiprocessors if current else 132
     name = str(dtype).removeprefix("torch.")
-    return _C.explain_plan(m, n, k, name, rank, blocksize, direction, arch, sm_count)
+    return _C.explain_plan(m, n, k, name, rank, dropout, blocksize, direction, arch, sm_count)
 
 
 def _lines():

@@ -129,6 +129,10 @@ def test_an_adapters_first_product_runs_beside_the_linear_where_that_leaves_room
     # 128 tiles, two pairs of multiprocessors to spare, and four blocks of 256 rows; without an adapter nothing of that.
     assert " split 1 beside 4 blocks" in pyquant.explain_plan(1024, 4096, 4096, rank=16, arch=90, sm_count=132)
     assert "beside" not in pyquant.explain_plan(1024, 4096, 4096, arch=90, sm_count=132)
+    # Dropout of the input is another kernel's.
+    plan = pyquant.explain_plan(1024, 4096, 4096, rank=16, dropout=True, arch=90, sm_count=132)
+    assert " rank=16 dropout blocksize=64 " in plan
+    assert "beside" not in plan
     # They would take as long as the linear that is to wait for them.
     assert "beside" not in pyquant.explain_plan(64, 1024, 4096, rank=16, arch=90, sm_count=132)
     # By force: with blocks of 64 rows or with none, and on a GPU with too few multiprocessors for so many not at all.

@@ -147,7 +147,7 @@ LinearPlan wgmma_plan(const LinearProblem& p, int tokens, int split, int beside)
   // Sharing halves what blocks read and couples their pace: of use where all run together from beginning to end.
   plan.share = split == 1 && tokens == 256 && p.columns() > 128 && tiles <= p.sm_count;
   plan.beside = beside;
-  const int64_t blocks = plan.blocks_beside(p);
+  const int64_t blocks = plan.blocks_beside(p.m, p.rank);
   const int64_t clusters = std::max<int64_t>(1, static_cast<int64_t>(p.sm_count * kClusterShare[split]) / split);
   // Turns of whole tiles, and turns of shared ones: one behind those, or else nothing but shared ones. In the first,
   // the blocks beside take the place of tiles.
@@ -213,9 +213,9 @@ std::vector<LinearPlan> candidates(const LinearProblem& p) {
       const int64_t parts = std::min<int64_t>(tokens / 8, ceil_div(p.reduction(), 64));
       for (int split = 1; split <= std::min<int64_t>(parts, 8); ++split) {
         for (int beside : {0, 64, 128, 256}) {
-          if (beside > 0 && (p.rank == 0 || p.dropout)) break;
+          if (beside > 0 && (p.rank == 0 || !p.left_beside)) break;
           const LinearPlan plan = wgmma_plan(p, tokens, split, beside);
-          if (plan.blocks_beside(p) <= p.sm_count / 4) plans.push_back(plan);
+          if (plan.blocks_beside(p.m, p.rank) <= p.sm_count / 4) plans.push_back(plan);
         }
       }
     }
@@ -260,9 +260,9 @@ LinearPlan best_plan(const LinearProblem& problem, const char* forced) {
 
 }  // namespace
 
-int64_t LinearPlan::blocks_beside(const LinearProblem& problem) const {
+int64_t LinearPlan::blocks_beside(int64_t m, int64_t rank) const {
   if (beside == 0) return 0;
-  return ceil_div(ceil_div(problem.m, beside) * ceil_div(problem.rank, 64), cluster()) * cluster();
+  return ceil_div(ceil_div(m, beside) * ceil_div(rank, 64), cluster()) * cluster();
 }
 
 int64_t LinearPlan::workspace(const LinearProblem& problem) const {
@@ -274,15 +274,16 @@ int64_t LinearPlan::workspace(const LinearProblem& problem) const {
 LinearPlan plan_linear(const LinearProblem& problem) {
   const char* forced = std::getenv("PYQUANT_KERNEL");
   if (forced != nullptr) return best_plan(problem, forced);
-  // A model asks for the same few problems again and again, each several times a layer; to choose takes a microsecond.
+  // A model asks for the same few problems again and again, each several times a layer; to choose takes one or two
+  // microseconds.
   constexpr size_t kKept = 64;
   struct Kept {
     LinearProblem problem;
     LinearPlan plan;
   };
   thread_local std::optional<Kept> kept[kKept];
-  const uint64_t hash = static_cast<uint64_t>(problem.m * 31 + problem.n * 7 + problem.k * 3 + problem.rank) * 2 +
-                        static_cast<uint64_t>(problem.direction);
+  uint64_t hash = static_cast<uint64_t>(problem.m * 31 + problem.n * 7 + problem.k * 3 + problem.rank);
+  hash = hash * 8 + static_cast<uint64_t>(problem.direction) * 4 + problem.left_beside * 2 + problem.aligned;
   std::optional<Kept>& entry = kept[hash * 0x9E3779B97F4A7C15u >> 58];
   if (!entry || !(entry->problem == problem)) entry = Kept{problem, best_plan(problem, nullptr)};
   return entry->plan;
@@ -303,16 +304,18 @@ std::string describe(const LinearProblem& problem, const LinearPlan& plan) {
                       : problem.dtype == DType::kFloat16 ? "float16"
                                                          : "bfloat16";
   const std::string beside =
-      plan.beside == 0 ? "" : " beside " + std::to_string(plan.blocks_beside(problem)) + " blocks of the adapter's";
+      plan.beside == 0
+          ? ""
+          : " beside " + std::to_string(plan.blocks_beside(problem.m, problem.rank)) + " blocks of the adapter's";
   char line[320];
   std::snprintf(
       line, sizeof(line),
-      "%s m=%lld n=%lld k=%lld rank=%lld blocksize=%lld %s sm_%d%s: %s tile %dx%dx%d split %d%s, about %.1f us",
+      "%s m=%lld n=%lld k=%lld rank=%lld%s blocksize=%lld %s sm_%d%s: %s tile %dx%dx%d split %d%s, about %.1f us",
       problem.direction == LinearDirection::kForward ? "linear_4bit" : "linear_4bit_dx",
       static_cast<long long>(problem.m), static_cast<long long>(problem.n), static_cast<long long>(problem.k),
-      static_cast<long long>(problem.rank), static_cast<long long>(problem.blocksize), dtype, problem.arch,
-      problem.aligned ? "" : " unaligned", name_of(plan.kernel), plan.tile_m, plan.tile_n, plan.tile_k, plan.split,
-      beside.c_str(), plan.microseconds);
+      static_cast<long long>(problem.rank), problem.rank > 0 && !problem.left_beside ? " dropout" : "",
+      static_cast<long long>(problem.blocksize), dtype, problem.arch, problem.aligned ? "" : " unaligned",
+      name_of(plan.kernel), plan.tile_m, plan.tile_n, plan.tile_k, plan.split, beside.c_str(), plan.microseconds);
   return line;
 }
 

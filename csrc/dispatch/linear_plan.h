@@ -19,8 +19,8 @@ struct LinearProblem {
   LinearDirection direction;
   int64_t m, n, k;  // W is [n, k]
   DType dtype;
-  int64_t rank;  // of the low-rank term, 0 without one
-  bool dropout;  // its products, or the input that its left factor is computed from, pass through it
+  int64_t rank;      // of the low-rank term, 0 without one
+  bool left_beside;  // the kernel launched just before, which computes its left factor, may run beside (LinearPlan)
   int64_t blocksize;
   int arch;     // 10 · major + minor
   bool sm_90a;  // the library has machine code for sm_90a
@@ -35,7 +35,7 @@ struct LinearProblem {
  private:
   std::tuple<LinearDirection, int64_t, int64_t, int64_t, DType, int64_t, bool, int64_t, int, bool, int, bool> all()
       const {
-    return {direction, m, n, k, dtype, rank, dropout, blocksize, arch, sm_90a, sm_count, aligned};
+    return {direction, m, n, k, dtype, rank, left_beside, blocksize, arch, sm_90a, sm_count, aligned};
   }
 };
 
@@ -59,8 +59,8 @@ struct LinearPlan {
   // that many rows, on multiprocessors that this one leaves free; 0: it has ended when this one begins.
   int beside = 0;
 
-  // Blocks (of clusters of cluster()) of the kernel beside.
-  int64_t blocks_beside(const LinearProblem& problem) const;
+  // Blocks of the kernel beside, in whole clusters of cluster().
+  int64_t blocks_beside(int64_t m, int64_t rank) const;
   int cluster() const { return share ? 2 : split; }
 
   // Bytes for the partial sums of a split reduction.

@@ -29,7 +29,7 @@ struct LowRankTerm {
   const void* left = nullptr;
   const void* factor = nullptr;
   int64_t rank = 0;
-  bool dropout = false;
+  bool left_beside = false;  // kernels/cuda/kernels.h
 };
 
 class Cpu {
@@ -64,8 +64,8 @@ class Cpu {
                  const Dropout& dropout, Tensor& xa) const {
     cpu::lora_down(x.dtype, x.rows, weight.k, rank, x.data(), a.data_ptr(), scaling, dropout, xa.data_ptr());
   }
-  void lora_dya(const QuantizedMatrix& weight, const Activation& dy, int64_t rank, const Tensor& b, float scaling,
-                const Dropout&, Tensor& dya) const {
+  void lora_dya(const QuantizedMatrix& weight, const Activation& dy, int64_t rank, const Tensor& b, float scaling, bool,
+                Tensor& dya) const {
     cpu::lora_dya(dy.dtype, dy.rows, weight.n, rank, dy.data(), b.data_ptr(), scaling, dya.data_ptr());
   }
   void lora_grad_a(const Activation& x, int64_t k, int64_t rank, const Tensor& dya, const Dropout& dropout,
@@ -106,13 +106,13 @@ class Cuda {
   }
   void linear_4bit(const QuantizedMatrix& weight, const Activation& x, const void* bias, const LowRankTerm& lora,
                    Tensor& y) const {
-    const cuda::LowRank low_rank{lora.left, lora.factor, lora.rank, lora.dropout};
+    const cuda::LowRank low_rank{lora.left, lora.factor, lora.rank, lora.left_beside};
     const Workspace scratch(y, cuda::linear_4bit_workspace(weight, x.dtype, x.rows, low_rank));
     cuda::linear_4bit(weight, x.dtype, x.rows, x.data(), bias, low_rank, y.data_ptr(), scratch.data, stream_);
   }
   void linear_4bit_dx(const QuantizedMatrix& weight, const Activation& dy, const LowRankTerm& lora,
                       const Dropout& dropout, Tensor& dx) const {
-    const cuda::LowRank low_rank{lora.left, lora.factor, lora.rank, lora.dropout};
+    const cuda::LowRank low_rank{lora.left, lora.factor, lora.rank, lora.left_beside};
     const Workspace scratch(dx, cuda::linear_4bit_dx_workspace(weight, dy.dtype, dy.rows, low_rank));
     cuda::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), low_rank, dropout, dx.data_ptr(), scratch.data, stream_);
   }
@@ -121,8 +121,8 @@ class Cuda {
     cuda::lora_down(weight, x.dtype, x.rows, rank, x.data(), a.data_ptr(), scaling, dropout, xa.data_ptr(), stream_);
   }
   void lora_dya(const QuantizedMatrix& weight, const Activation& dy, int64_t rank, const Tensor& b, float scaling,
-                const Dropout& dropout, Tensor& dya) const {
-    cuda::lora_dya(weight, dy.dtype, dy.rows, rank, dy.data(), b.data_ptr(), scaling, dropout, dya.data_ptr(), stream_);
+                bool beside, Tensor& dya) const {
+    cuda::lora_dya(weight, dy.dtype, dy.rows, rank, dy.data(), b.data_ptr(), scaling, beside, dya.data_ptr(), stream_);
   }
   void lora_grad_a(const Activation& x, int64_t k, int64_t rank, const Tensor& dya, const Dropout& dropout,
                    Tensor& da) const {

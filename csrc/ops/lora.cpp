@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(Tensor x, Tensor packed, Tensor absm
   if (input.rows > 0) {
     backend.lora_down(weight.view, input, adapter.rank, adapter.a, static_cast<float>(scaling), mask, xa);
     backend.linear_4bit(weight.view, input, bias_values ? bias_values->data_ptr() : nullptr,
-                        {xa.data_ptr(), adapter.b.data_ptr(), adapter.rank, mask.active()}, y);
+                        {xa.data_ptr(), adapter.b.data_ptr(), adapter.rank, !mask.active()}, y);
   }
   return {y, xa};
 }
@@ -84,9 +84,10 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(Tensor dy, Tensor x
   Tensor da = torch::stable::new_empty(x, {adapter.rank, k}, ScalarType::Float);
   Tensor db = torch::stable::new_empty(x, {n, adapter.rank}, ScalarType::Float);
   Tensor dya = torch::stable::new_empty(input.tensor, {input.rows, adapter.rank});
-  backend.lora_dya(weight.view, gradient, adapter.rank, adapter.b, static_cast<float>(scaling), mask, dya);
+  backend.lora_dya(weight.view, gradient, adapter.rank, adapter.b, static_cast<float>(scaling),
+                   needs_dx && !mask.active(), dya);
   if (needs_dx) {
-    backend.linear_4bit_dx(weight.view, gradient, {dya.data_ptr(), adapter.a.data_ptr(), adapter.rank, mask.active()},
+    backend.linear_4bit_dx(weight.view, gradient, {dya.data_ptr(), adapter.a.data_ptr(), adapter.rank, !mask.active()},
                            mask, dx);
   }
   backend.lora_grad_a(input, k, adapter.rank, dya, mask, da);

@@ -29,8 +29,8 @@ void set_cpu_isa(const std::string& name) {
   throw std::invalid_argument("'" + name + "' is not one of portable, avx2, avx512 and amx");
 }
 
-std::string explain_plan(int64_t m, int64_t n, int64_t k, const std::string& dtype, int64_t rank, int64_t blocksize,
-                         const std::string& direction, int arch, int sm_count) {
+std::string explain_plan(int64_t m, int64_t n, int64_t k, const std::string& dtype, int64_t rank, bool dropout,
+                         int64_t blocksize, const std::string& direction, int arch, int sm_count) {
   LinearProblem problem{};
   if (direction == "forward") {
     problem.direction = LinearDirection::kForward;
@@ -53,6 +53,7 @@ std::string explain_plan(int64_t m, int64_t n, int64_t k, const std::string& dty
   problem.n = n;
   problem.k = k;
   problem.rank = rank;
+  problem.left_beside = rank > 0 && !dropout;
   problem.blocksize = blocksize;
   problem.arch = arch;
   problem.sm_90a = arch == 90;

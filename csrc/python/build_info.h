@@ -26,6 +26,7 @@ PYQUANT_EXPORT std::vector<DeviceInfo> cuda_devices();     // empty without CUDA
 // The plan for a 4-bit linear on a GPU, in one line. dtype: "float32", "float16" or "bfloat16"; direction: "forward" or
 // "dx". Throws std::invalid_argument for anything else.
 PYQUANT_EXPORT std::string explain_plan(int64_t m, int64_t n, int64_t k, const std::string& dtype, int64_t rank,
-                                        int64_t blocksize, const std::string& direction, int arch, int sm_count);
+                                        bool dropout, int64_t blocksize, const std::string& direction, int arch,
+                                        int sm_count);
 
 }  // namespace pyquant

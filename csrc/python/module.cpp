@@ -17,8 +17,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("cuda_archs", &pyquant::cuda_archs, "The GPU architectures the kernels were built for, or ''.");
   module.def("cuda_devices", &pyquant::cuda_devices, "The GPUs that the CUDA runtime sees.");
   module.def("explain_plan", &pyquant::explain_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"),
-             py::arg("rank"), py::arg("blocksize"), py::arg("direction"), py::arg("arch"), py::arg("sm_count"),
-             "The kernel and tiles that a 4-bit linear would run with on a GPU.");
+             py::arg("rank"), py::arg("dropout"), py::arg("blocksize"), py::arg("direction"), py::arg("arch"),
+             py::arg("sm_count"), "The kernel and tiles that a 4-bit linear would run with on a GPU.");
   py::class_<pyquant::DeviceInfo>(module, "DeviceInfo")
       .def_readonly("name", &pyquant::DeviceInfo::name)
       .def_readonly("major", &pyquant::DeviceInfo::major)

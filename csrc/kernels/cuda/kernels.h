@@ -16,7 +16,9 @@ struct LowRank {
   const void* left;
   const void* factor;
   int64_t rank;
-  bool dropout;  // the adapter has one: plan_lora_linear does not hold
+  // `left` comes from lora_down or lora_dya, without dropout and launched just before on the stream: the linear may run
+  // at the same time, as plan_lora_linear says to both.
+  bool left_beside;
 };
 
 // packed[ceil(numel / 2)], absmax[ceil(numel / blocksize)]. A block that holds a NaN or an infinity gets a non-finite
@@ -47,9 +49,10 @@ void linear_4bit_dx(const QuantizedMatrix& weight, DType dtype, int64_t m, const
 void lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x, const void* a,
                float scaling, const Dropout& dropout, void* xa, cudaStream_t stream);
 
-// dya[m, r] = scaling · dy[m, n] · b[n, r]. The next is linear_4bit_dx, or a kernel that waits for this one.
+// dya[m, r] = scaling · dy[m, n] · b[n, r]. `beside`: the next launch is linear_4bit_dx with that weight and adapter,
+// without dropout.
 void lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy, const void* b,
-              float scaling, const Dropout& dropout, void* dya, cudaStream_t stream);
+              float scaling, bool beside, void* dya, cudaStream_t stream);
 
 // da[r, k] = dya[m, r]ᵀ · dropout(x[m, k]), in float32. Deterministic: partial sums over m go through `workspace`.
 // db[n, r] = dy[m, n]ᵀ · xa[m, r], in float32, likewise. `columns` is k for da and n for db.

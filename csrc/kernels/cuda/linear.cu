@@ -10,7 +10,7 @@ namespace pyquant::cuda {
 namespace {
 
 LinearProblem problem_of(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank,
-                         bool dropout, bool aligned) {
+                         bool left_beside, bool aligned) {
   const Device& device = current_device();
   LinearProblem problem{};
   problem.direction = direction;
@@ -19,7 +19,7 @@ LinearProblem problem_of(LinearDirection direction, const QuantizedMatrix& weigh
   problem.k = weight.k;
   problem.dtype = dtype;
   problem.rank = rank;
-  problem.dropout = dropout;
+  problem.left_beside = left_beside;
   problem.blocksize = weight.blocksize;
   problem.arch = device.arch;
   problem.sm_90a = has_sm_90a_code();
@@ -35,7 +35,7 @@ int64_t workspace(LinearDirection direction, const QuantizedMatrix& weight, DTyp
   if (m <= 0 || weight.numel() <= 0) return 0;
   int64_t bytes = 0;
   for (const bool aligned : {true, false}) {
-    const LinearProblem problem = problem_of(direction, weight, dtype, m, lora.rank, lora.dropout, aligned);
+    const LinearProblem problem = problem_of(direction, weight, dtype, m, lora.rank, lora.left_beside, aligned);
     bytes = std::max(bytes, plan_linear(problem).workspace(problem));
   }
   return bytes;
@@ -46,8 +46,8 @@ void run(LinearDirection direction, const LinearArguments& arguments, cudaStream
   if (arguments.m <= 0 || matrix.numel() <= 0) return;
   const bool aligned = aligned_16(arguments.input) && aligned_16(matrix.packed) && aligned_16(arguments.lora.left) &&
                        aligned_16(arguments.lora.factor);
-  const LinearProblem problem =
-      problem_of(direction, matrix, arguments.dtype, arguments.m, arguments.lora.rank, arguments.lora.dropout, aligned);
+  const LinearProblem problem = problem_of(direction, matrix, arguments.dtype, arguments.m, arguments.lora.rank,
+                                           arguments.lora.left_beside, aligned);
   const LinearPlan plan = plan_linear(problem);
   log_plan(problem, plan);
   switch (plan.kernel) {
@@ -70,7 +70,7 @@ void run(LinearDirection direction, const LinearArguments& arguments, cudaStream
 
 LinearPlan plan_lora_linear(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m,
                             int64_t rank) {
-  return plan_linear(problem_of(direction, weight, dtype, m, rank, false, true));
+  return plan_linear(problem_of(direction, weight, dtype, m, rank, true, true));
 }
 
 int64_t linear_4bit_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const LowRank& lora) {

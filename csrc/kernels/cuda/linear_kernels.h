@@ -21,7 +21,8 @@ struct LinearArguments {
   void* workspace;
 };
 
-// What linear_4bit or linear_4bit_dx will choose for an aligned input and adapter, without dropout.
+// What linear_4bit or linear_4bit_dx will choose for an aligned input and adapter and LowRank::left_beside. Where that
+// turns out otherwise, both kernels are right all the same, and slower.
 LinearPlan plan_lora_linear(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m,
                             int64_t rank);
 

@@ -9,7 +9,8 @@
 // which add their parts of the reduction through distributed shared memory. Few tokens leave registers for two teams of
 // consumers, which take every other step each: the time is then that of their instructions, not of the products.
 //
-// Weights and their statistics are read before the previous kernel has ended; everything else waits for that.
+// Weights and their statistics are read before the previous kernel has ended; everything else waits for that, but
+// beside the kernel of an adapter (Parameters::beside).
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -89,12 +90,15 @@ struct Parameters {
   int tiles_m, tiles_w;  // tiles_w counts pairs where blocks share activations
   // The first `whole` units are done by single blocks (pairs, where they share activations), in `rounds` turns;
   // clusters of `split` blocks do one more each, where there is one. In the first turn the last `skipped` blocks
-  // (pairs) have no unit: lora.beside.
+  // (pairs) have no unit: `beside`.
   int whole, rounds, split, skipped;
   int first_step[9];  // of the parts of a shared tile
   bool share;
-  bool beside;  // the previous kernel, still running, writes `left` and nothing else that this one touches
-  bool quick;   // blocks of 64, double quantization, codes in whole words
+  // The previous kernel, still running, writes `left` and nothing else that this one touches, and let this one start
+  // only when all before it had ended. So only `left` is waited for; activations and the factor, which kernels before
+  // that may have written, are read from L2, where what they wrote is.
+  bool beside;
+  bool quick;  // blocks of 64, double quantization, codes in whole words
 };
 
 template <int kStages>
@@ -486,7 +490,10 @@ __global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(co
     return;
   }
 
-  ptx::take_registers<kTeams == 1 ? 224 : 104>();  // with the other 128 threads' 56, what a block is launched with
+  constexpr int kRegisters = kTeams == 1 ? 224 : 104;
+  // More than the block was launched with would be waited for forever.
+  static_assert(kConsumers * kRegisters + 128 * 56 <= kThreads * (65536 / kThreads / 8 * 8));
+  ptx::take_registers<kRegisters>();
   // The first nibble of a byte is the even weight. Eight threads write an entry, 16 bytes each. A lane has one code:
   // read by the nibble itself, the constants would come one after the other.
   {
@@ -973,7 +980,8 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   p.split = plan.split;
   p.share = plan.split == 1 && plan.share;
   if (p.share) p.tiles_w = (p.tiles_w + 1) / 2;
-  p.beside = rank > 0 && plan.beside > 0;
+  p.beside = plan.beside > 0;
+  p.skipped = static_cast<int>(plan.blocks_beside(arguments.m, rank));  // where there is no room for them
   p.input = make_tensor_map(arguments.input, kElement, arguments.m, reduction, reduction * 2,
                             p.share ? kTokens / 2 : kTokens, kStep, CU_TENSOR_MAP_SWIZZLE_128B);
   p.packed = make_tensor_map(matrix.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, matrix.n, matrix.k / 2, matrix.k / 2,
@@ -1014,19 +1022,18 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
     return clusters;
   };
   constexpr std::integral_constant<int, 1> kOneTeam{};
-  if (p.beside) p.skipped = static_cast<int>(ceil_div(arguments.m, plan.beside) * ceil_div(rank, 64));
   int clusters;
   if (p.split == 1) {
     const int room = std::max(1, current_device().sm_count / cluster);
-    p.skipped = static_cast<int>(ceil_div(p.skipped, cluster));
+    p.skipped /= cluster;
     if (units + p.skipped <= room) p.skipped = 0;
     p.whole = units;
     clusters = std::min(units, room);
   } else {
     // As many turns of whole tiles as fill all clusters, and one in which a cluster shares a tile. Where the rest is
     // too much for that one, all tiles are shared, with as many clusters as there are tiles.
-    clusters = launch_teams(kOneTeam, 0);
-    p.skipped = static_cast<int>(ceil_div(p.skipped, cluster)) * cluster;
+    clusters = launch_teams(kOneTeam, 0);  // 0: only asked how many there may be
+    if (p.skipped >= clusters * cluster) p.skipped = 0;
     p.rounds = (units + p.skipped) / (clusters * cluster);
     if (units + p.skipped - p.rounds * clusters * cluster > clusters) p.rounds = 0;
     p.whole = p.rounds * clusters * cluster - p.skipped;

@@ -547,7 +547,7 @@ void lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t ra
 }
 
 void lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy, const void* b,
-              float scaling, const Dropout& dropout, void* dya, cudaStream_t stream) {
+              float scaling, bool beside, void* dya, cudaStream_t stream) {
   const int64_t n = weight.n;
   if (m <= 0 || rank <= 0) return;
   const std::string problem =
@@ -555,7 +555,7 @@ void lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t ran
   const Dropout no_dropout{nullptr, 0, 1.0f};
   const Output output{{dya, false, m, rank, rank, 1, scaling}, nullptr};
   SkinnyProblem skinny{dy, b, n, output};
-  if (!dropout.active()) {
+  if (beside) {
     const LinearPlan plan = plan_lora_linear(LinearDirection::kDx, weight, dtype, m, rank);
     skinny.beside_rows = plan.beside, skinny.beside_cluster = plan.cluster();
   }

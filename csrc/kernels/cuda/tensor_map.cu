@@ -40,8 +40,8 @@ CUtensorMap make_tensor_map(const void* base, CUtensorMapDataType type, int64_t 
   };
   CUresult result = fill();
   if (result == CUDA_ERROR_INVALID_CONTEXT) {
-    // A thread that has launched nothing yet, autograd's for example, has a current device but no current context, which
-    // the driver wants and the runtime makes.
+    // A thread that has launched nothing yet, autograd's for example, has a current device but no current context,
+    // which the driver wants and the runtime makes.
     cudaSetDevice(current_device().index);
     result = fill();
   }
