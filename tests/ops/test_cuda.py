@@ -473,6 +473,25 @@ def test_layers_with_products_beside_them_replay_in_a_graph(monkeypatch, adapter
             assert torch.equal(replayed, expected)
 
 
+@pytest.mark.parametrize(("plan", "rows", "n", "k"), [*BESIDE, ("stream", 16, 256, 512), ("mma", 100, 256, 512)])
+@pytest.mark.parametrize("rank", [16, 136])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_float32_factors_give_the_bits_of_rounded_ones(monkeypatch, plan, rows, n, k, rank, p):
+    """Whether a kernel rounds them itself or is given them rounded."""
+    monkeypatch.setenv("PYQUANT_KERNEL", plan)
+    weight, exact = quantized(n, k, device="cuda")
+    factors = adapter(*exact.shape, rank, torch.float32, "cuda")
+    x, dy = (torch.randn(rows, size, device="cuda").bfloat16() for size in (k, n))
+    seed = seed_tensor(5, "cuda")
+
+    def run(lora_A, lora_B):
+        y, xa = ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 0.5, p, seed)
+        return y, xa, *ops.lora_linear_4bit_backward(dy, x, xa, *weight, lora_A, lora_B, 0.5, p, seed, True)
+
+    for of_floats, of_rounded in zip(run(*factors), run(*(f.bfloat16() for f in factors)), strict=True):
+        assert torch.equal(of_floats, of_rounded)
+
+
 @pytest.mark.parametrize("rank", [8, 16, 40, 64, 136, 12])
 @pytest.mark.parametrize("rows", [64, 200, 1024])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])

@@ -513,8 +513,20 @@ void lora_grad(const char* name, DType dtype, int64_t m, int64_t columns, int64_
 
 }  // namespace
 
+bool lora_down_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x,
+                           const void* a, const Dropout& dropout) {
+  return m > kFewRows && !dropout.active() &&
+         lora_wgmma_legal(dtype, false, false, {x, a, weight.k, {nullptr, false, m, rank, rank, 1, 1.0f}, true});
+}
+
+bool lora_dya_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy,
+                          const void* b) {
+  return m > 0 &&
+         lora_wgmma_legal(dtype, false, true, {dy, b, weight.n, {nullptr, false, m, rank, rank, 1, 1.0f}, true});
+}
+
 void lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x, const void* a,
-               float scaling, const Dropout& dropout, void* xa, cudaStream_t stream) {
+               bool float_a, float scaling, const Dropout& dropout, void* xa, cudaStream_t stream) {
   const int64_t k = weight.k;
   if (m <= 0 || rank <= 0) return;
   const std::string problem =
@@ -531,7 +543,7 @@ void lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t ra
   const Output output{{xa, false, m, rank, rank, 1, alpha}, nullptr};
   if (!dropout.active()) {
     const LinearPlan plan = plan_lora_linear(LinearDirection::kForward, weight, dtype, m, rank);
-    const SkinnyProblem skinny{x, a, k, output, plan.beside, plan.cluster()};
+    const SkinnyProblem skinny{x, a, k, output, float_a, plan.beside, plan.cluster()};
     if (lora_wgmma("lora_down", problem, dtype, false, false, skinny, stream)) return;
   }
   if (dtype == DType::kFloat32) {
@@ -547,14 +559,14 @@ void lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t ra
 }
 
 void lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy, const void* b,
-              float scaling, bool beside, void* dya, cudaStream_t stream) {
+              bool float_b, float scaling, bool beside, void* dya, cudaStream_t stream) {
   const int64_t n = weight.n;
   if (m <= 0 || rank <= 0) return;
   const std::string problem =
       "of " + std::to_string(m) + " rows, " + std::to_string(n) + " columns and rank " + std::to_string(rank);
   const Dropout no_dropout{nullptr, 0, 1.0f};
   const Output output{{dya, false, m, rank, rank, 1, scaling}, nullptr};
-  SkinnyProblem skinny{dy, b, n, output};
+  SkinnyProblem skinny{dy, b, n, output, float_b};
   if (beside) {
     const LinearPlan plan = plan_lora_linear(LinearDirection::kDx, weight, dtype, m, rank);
     skinny.beside_rows = plan.beside, skinny.beside_cluster = plan.cluster();
