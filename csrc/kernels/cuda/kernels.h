@@ -64,7 +64,8 @@ void lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t ran
               bool float_b, float scaling, bool beside, void* dya, cudaStream_t stream);
 
 // da[r, k] = dya[m, r]ᵀ · dropout(x[m, k]), in float32. Deterministic: partial sums over m go through `workspace`.
-// db[n, r] = dy[m, n]ᵀ · xa[m, r], in float32, likewise. `columns` is k for da and n for db.
+// db[n, r] = dy[m, n]ᵀ · xa[m, r], in float32, likewise. `columns` is k for da and n for db. lora_grad_b is to be
+// launched just behind lora_grad_a, and may run at the same time.
 int64_t lora_grad_workspace(DType dtype, int64_t m, int64_t columns, int64_t rank);
 void lora_grad_a(DType dtype, int64_t m, int64_t k, int64_t rank, const void* dya, const void* x,
                  const Dropout& dropout, float* da, void* workspace, cudaStream_t stream);

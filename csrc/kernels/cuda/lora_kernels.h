@@ -36,6 +36,9 @@ struct SkinnyProblem {
   int64_t reduction;
   SkinnyOutput output;
   bool float_small = false;  // the small operand is float32 instead of the element type: lora_wgmma only
+  // The previous kernel, which let this one start only when all before it had ended, writes nothing that this one
+  // reads: they run at the same time.
+  bool beside_previous = false;
   // Where it runs beside the linear that follows: the rows of its blocks, and their cluster. See LinearPlan.
   int beside_rows = 0, beside_cluster = 1;
 };

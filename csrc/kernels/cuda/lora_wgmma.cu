@@ -48,6 +48,7 @@ struct Parameters {
   CUtensorMap large, small;
   SkinnyOutput output;
   int steps, rank_tiles;
+  bool beside_previous;
   int parts;  // blocks of a cluster that share a tile, or 1, and then a cluster is only to lie side by side
 };
 
@@ -89,8 +90,11 @@ __global__ void __launch_bounds__(Layout<kGroups, kFloatSmall>::kThreads)
   }
   __syncthreads();
   if (parts > 1) ptx::arrive_cluster_relaxed();
-  ptx::wait_for_previous_kernel();
-  ptx::let_next_kernel_start();
+  if (!p.beside_previous) ptx::wait_for_previous_kernel(), ptx::let_next_kernel_start();
+  // Beside the previous kernel, this one ends after it all the same: who waits for this one waits for both.
+  const auto end = [&] {
+    if (p.beside_previous) ptx::wait_for_previous_kernel(), ptx::let_next_kernel_start();
+  };
 
   if (threadIdx.x >= kConsumers) {
     if (threadIdx.x == kConsumers) {
@@ -105,7 +109,7 @@ __global__ void __launch_bounds__(Layout<kGroups, kFloatSmall>::kThreads)
     }
     __syncwarp();
     if (parts > 1) ptx::wait_cluster();
-    return;
+    return end();
   }
 
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -162,7 +166,7 @@ __global__ void __launch_bounds__(Layout<kGroups, kFloatSmall>::kThreads)
       }
     }
   }
-  if (parts == 1) return;
+  if (parts == 1) return end();
   ptx::wait_barrier(&received, 0);
   // Along the output's contiguous dimension.
   const bool by_outer = p.output.outer_stride == 1;
@@ -172,6 +176,7 @@ __global__ void __launch_bounds__(Layout<kGroups, kFloatSmall>::kThreads)
     for (int from = 0; from < parts; ++from) total += inbox[(from * rows + i) * kInboxRow + j];
     store_skinny<T>(p.output, outer0 + part * rows + i, rank0 + j, total);
   }
+  end();
 #else
   __trap();  // launched only where there is code for sm_90a
 #endif
@@ -194,6 +199,7 @@ void launch(const char* name, const std::string& problem, const SkinnyProblem& s
   p.output = s.output;
   p.steps = static_cast<int>(ceil_div(s.reduction, kTile));
   p.rank_tiles = static_cast<int>(ceil_div(s.output.rank, kTile));
+  p.beside_previous = s.beside_previous;
   p.parts = 1;
   const auto kernel = lora_wgmma_kernel<T, kLargeByStep, kSmallByStep, kGroups, kFloatSmall>;
   allow_shared_memory(reinterpret_cast<const void*>(kernel), name, L::kSharedBytes);
@@ -204,9 +210,10 @@ void launch(const char* name, const std::string& problem, const SkinnyProblem& s
     cluster = static_cast<unsigned>(s.beside_cluster);
     blocks = ceil_div(blocks, int64_t{cluster}) * cluster;
   } else {
-    // A block on every SM, each with four steps or more. (Two fit, but then twice as much is exchanged.)
-    while (2 * cluster <= kLargestCluster && blocks * cluster * 2 <= current_device().sm_count &&
-           p.steps >= static_cast<int>(8 * cluster)) {
+    // A block on every SM, or on half of them for the two gradients, which run side by side; each with four steps or
+    // more. (Two blocks may fit an SM, but then twice as much is exchanged.)
+    const int64_t room = current_device().sm_count / (kLargeByStep ? 2 : 1);
+    while (2 * cluster <= kLargestCluster && blocks * cluster * 2 <= room && p.steps >= static_cast<int>(8 * cluster)) {
       cluster *= 2;
     }
     p.parts = static_cast<int>(cluster);
