@@ -19,9 +19,9 @@ import torch
 
 from pyquant import PyQuantConfig
 from pyquant.bench.provenance import provenance
+from pyquant.bench.shapes import MISTRAL_7B_CONFIG
 from pyquant.training.memory import format_bytes
 
-MISTRAL_7B = {"vocab_size": 32768, "num_key_value_heads": 8, "sliding_window": None}  # and MistralConfig's defaults
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "vocab_size": 512}
 
 
@@ -29,7 +29,7 @@ def write_model(folder: Path, layers: int, small: bool, device: torch.device) ->
     """A bfloat16 checkpoint of Mistral-7B's shape, but for the number of layers, with random weights."""
     from transformers import MistralConfig, MistralForCausalLM
 
-    config = MistralConfig(num_hidden_layers=layers, dtype="bfloat16", **MISTRAL_7B | (SMALL if small else {}))
+    config = MistralConfig(num_hidden_layers=layers, dtype="bfloat16", **MISTRAL_7B_CONFIG | (SMALL if small else {}))
     with torch.device(device):
         model = MistralForCausalLM(config).bfloat16()
     model.save_pretrained(folder, max_shard_size="2GB")
@@ -125,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(line)
     if options.output:
         document = {"provenance": provenance(vars(options)), "bytes": nbytes, "rows": rows}
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         Path(options.output).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -33,9 +33,9 @@ def explain_plan(
     rank: int = 0,
     blocksize: int = 64,
     direction: str = "forward",
-    dropout: bool = False,
     arch: int | None = None,
     sm_count: int | None = None,
+    dropout: bool = False,
 ) -> str:
     """Which kernel and tiles a 4-bit linear runs with on a GPU, and the cost model's estimate, in one line.
 
@@ -49,9 +49,9 @@ def explain_plan(
         rank: of the LoRA adapter, 0 without one.
         blocksize: of the weight.
         direction: ``"forward"`` or ``"dx"``, the gradient of the input.
-        dropout: whether the adapter has any.
         arch: compute capability as in 90; by default that of the current GPU, or 90 without one.
         sm_count: multiprocessors; by default those of the current GPU, or 132 without one.
+        dropout: whether the adapter has any.
 
     Raises:
         ValueError: an argument has an unsupported value.

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from pyquant.bench.provenance import provenance
+from pyquant.bench.shapes import MISTRAL_7B_CONFIG
 from pyquant.cli import run
 from pyquant.demo.assets import model_folder
 from pyquant.demo.examples import Small, markdown_table
@@ -21,7 +22,6 @@ from pyquant.training import Config, ConfigError, parse_config
 from pyquant.training.memory import peak_bytes, reset_peak
 
 METHODS = ("full", "lora", "qlora")
-MISTRAL_7B = {"vocab_size": 32768, "num_key_value_heads": 8, "sliding_window": None}  # and MistralConfig's defaults
 MARK = "ROW "  # begins the lines by which a process hands its rows over
 OUT_OF_MEMORY = "out of memory"
 
@@ -150,7 +150,7 @@ def load(config: Config, random_weights: bool, device: torch.device):
     if not random_weights:
         return load_quantized(config.model, config.quantization, device)
     named = config.model.path != "mistral-7b"
-    shape = AutoConfig.from_pretrained(config.model.path) if named else MistralConfig(**MISTRAL_7B)
+    shape = AutoConfig.from_pretrained(config.model.path) if named else MistralConfig(**MISTRAL_7B_CONFIG)
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(shape, dtype=choose_dtype(config.model.precision, device))

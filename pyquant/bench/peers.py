@@ -61,8 +61,13 @@ def dense_lora(x, weight, lora_A, lora_B, scaling):
 class Peer(abc.ABC):
     """One implementation. A weight is an opaque object that `load` makes and the operations take.
 
-    An operation that a peer does not have is left out of `operations`. All run on the current stream and, but for what
-    `eager_only` names, in a CUDA graph.
+    A peer defines the methods of those operations that it names in `operations`, and no others are called. They run on
+    the current stream and, but for what `eager_only` names, in a CUDA graph:
+
+    - ``quantize(dense)``: the packed bytes and their state, of a dense weight ``[n, k]``.
+    - ``dequantize(weight)``: dense again, ``[n, k]``.
+    - ``linear(x, weight)`` and ``linear_dx(dy, weight)``: ``x·Wᵀ`` and ``dy·W``.
+    - ``lora(x, weight, adapter)``, for ``lora`` and ``lora_backward``: differentiable in x and the adapter's factors.
     """
 
     name: str
@@ -104,25 +109,6 @@ class Peer(abc.ABC):
     @abc.abstractmethod
     def exact(self, weight: object) -> torch.Tensor:
         """The weight that is multiplied with, float32 ``[n, k]``."""
-
-    # The operations. A peer defines those that it names in `operations`; the others are not called.
-
-    def quantize(self, dense: torch.Tensor):
-        """The packed bytes and their state, of a dense weight ``[n, k]``."""
-        raise NotImplementedError
-
-    def dequantize(self, weight) -> torch.Tensor:
-        raise NotImplementedError
-
-    def linear(self, x: torch.Tensor, weight) -> torch.Tensor:
-        raise NotImplementedError
-
-    def linear_dx(self, dy: torch.Tensor, weight) -> torch.Tensor:
-        raise NotImplementedError
-
-    def lora(self, x: torch.Tensor, weight, adapter: Adapter) -> torch.Tensor:
-        """Differentiable in x and the adapter's factors."""
-        raise NotImplementedError
 
 
 class _BitsandbytesFormat(Peer):

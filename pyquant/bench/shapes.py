@@ -11,6 +11,9 @@ MISTRAL_7B = {
     "down_proj": (4096, 14336),
 }
 
+# Its configuration, where that is not MistralConfig's default.
+MISTRAL_7B_CONFIG = {"vocab_size": 32768, "num_key_value_heads": 8, "sliding_window": None}
+
 # Small weights for tests: square, an odd k (a byte crosses rows), k that is no multiple of the block size (blocks cross
 # rows and the last one is partial), more columns than rows.
 ODD_WEIGHTS = ((64, 64), (123, 77), (96, 160), (130, 192))

@@ -1010,18 +1010,11 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
             reinterpret_cast<uintptr_t>(matrix.absmax_codes) % 4 == 0;
 
   const int cluster = p.share ? 2 : p.split, units = p.tiles_m * p.tiles_w;
-  const std::string problem = "of " + std::to_string(p.m) + " rows and a [" + std::to_string(matrix.n) + ", " +
-                              std::to_string(matrix.k) + "] weight";
-  const auto launch_teams = [&](auto teams, int clusters) {
-    const auto kernel = linear_wgmma_kernel<T, kDirection, kTokens, decltype(teams)::value>;
-    allow_shared_memory(reinterpret_cast<const void*>(kernel), "linear_wgmma", kSharedBytes);
-    Launch shape{1, decltype(teams)::value * kTeam + 128, kSharedBytes, stream, static_cast<unsigned>(cluster), true};
-    if (clusters == 0) return resident_clusters(reinterpret_cast<const void*>(kernel), shape);
-    shape.grid = grid_size(int64_t{clusters} * cluster, "linear_wgmma");
-    launch_kernel("linear_wgmma", problem, shape, kernel, p);
-    return clusters;
+  const auto shape_of = [&](const void* kernel, int teams) {
+    allow_shared_memory(kernel, "linear_wgmma", kSharedBytes);
+    return Launch{1, teams * kTeam + 128, kSharedBytes, stream, static_cast<unsigned>(cluster), true};
   };
-  constexpr std::integral_constant<int, 1> kOneTeam{};
+  const auto one_team = linear_wgmma_kernel<T, kDirection, kTokens, 1>;
   int clusters;
   if (p.split == 1) {
     const int room = std::max(1, current_device().sm_count / cluster);
@@ -1032,7 +1025,8 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   } else {
     // As many turns of whole tiles as fill all clusters, and one in which a cluster shares a tile. Where the rest is
     // too much for that one, all tiles are shared, with as many clusters as there are tiles.
-    clusters = launch_teams(kOneTeam, 0);  // 0: only asked how many there may be
+    const void* kernel = reinterpret_cast<const void*>(one_team);
+    clusters = resident_clusters(kernel, shape_of(kernel, 1));
     if (p.skipped >= clusters * cluster) p.skipped = 0;
     p.rounds = (units + p.skipped) / (clusters * cluster);
     if (units + p.skipped - p.rounds * clusters * cluster > clusters) p.rounds = 0;
@@ -1040,11 +1034,13 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
     if (p.rounds == 0) clusters = units, p.whole = p.skipped = 0;
   }
   const bool one_turn = clusters == units && p.rounds == 0 && !p.beside;
-  if (kMostTeams == 2 && one_turn && p.steps / p.split >= 2) {
-    launch_teams(std::integral_constant<int, kMostTeams>{}, clusters);
-  } else {
-    launch_teams(kOneTeam, clusters);
-  }
+  const int teams = one_turn && p.steps / p.split >= 2 ? kMostTeams : 1;
+  const auto kernel = teams == 1 ? one_team : linear_wgmma_kernel<T, kDirection, kTokens, kMostTeams>;
+  Launch shape = shape_of(reinterpret_cast<const void*>(kernel), teams);
+  shape.grid = grid_size(int64_t{clusters} * cluster, "linear_wgmma");
+  const std::string problem = "of " + std::to_string(p.m) + " rows and a [" + std::to_string(matrix.n) + ", " +
+                              std::to_string(matrix.k) + "] weight";
+  launch_kernel("linear_wgmma", problem, shape, kernel, p);
 }
 
 template <typename T, LinearDirection kDirection>
