@@ -67,13 +67,21 @@ bool stream_legal(const LinearProblem& p) {
          p.aligned && p.arch == 90 && p.sm_90a;
 }
 
-LinearPlan stream_plan(const LinearProblem& p) {
-  // A block's 16 warps keep 256 values of each row of x; the blocks of a cluster share out the rest.
-  const int split = static_cast<int>(ceil_div(p.k, 4096));
-  LinearPlan plan{LinearKernel::kStream, p.m <= 8 ? 8 : 16, 16, 4096, split, 0.0};
+// Blocks that run at a time in clusters of `split`, as a part of all multiprocessors: clusters stay within a GPC.
+// Measured on an H200.
+constexpr double kClusterShare[9] = {0.0,         1.0,         1.0,         117 / 132.0, 120 / 132.0,
+                                     110 / 132.0, 102 / 132.0, 105 / 132.0, 120 / 132.0};
+
+LinearPlan stream_plan(const LinearProblem& p, int parts) {
+  // A block's 16 warps keep 256 values of each row of x, or in two parts 512; the blocks of a cluster share out the
+  // rest.
+  const int64_t most = int64_t{4096} * parts;
+  const int split = static_cast<int>(ceil_div(p.k, most));
+  LinearPlan plan{LinearKernel::kStream, p.m <= 8 ? 8 : 16, 16, static_cast<int>(most), split, 0.0};
   // Measured on an H200: microseconds that a block needs for 16 rows of W and 4096 k, and a kernel to begin and end.
-  const double rounds = std::max(1.0, static_cast<double>(ceil_div(p.n, 16)) / (p.sm_count / split));
-  plan.microseconds = 1.2 + rounds * (p.m <= 8 ? 1.6 : 1.9);
+  const double clusters = std::max(1.0, std::floor(p.sm_count * kClusterShare[split] / split));
+  const double rounds = std::max(1.0, static_cast<double>(ceil_div(p.n, 16)) / clusters);
+  plan.microseconds = 1.2 + rounds * (p.m <= 8 ? 1.6 : 1.9) * (static_cast<double>(p.k) / split / 4096.0);
   return plan;
 }
 
@@ -125,11 +133,6 @@ bool wgmma_legal(const LinearProblem& p) {
          (p.direction == LinearDirection::kForward || p.n % 8 == 0) && p.n * p.k < (int64_t{1} << 36) &&
          std::max({p.m, p.n, p.k}) < (int64_t{1} << 30) && ceil_div(p.m, 32) * ceil_div(p.columns(), 128) < (1 << 24);
 }
-
-// Blocks that run at a time in clusters of `split`, as a part of all multiprocessors: clusters stay within a GPC.
-// Measured on an H200.
-constexpr double kClusterShare[9] = {0.0,         1.0,         1.0,         117 / 132.0, 120 / 132.0,
-                                     110 / 132.0, 102 / 132.0, 105 / 132.0, 120 / 132.0};
 
 // Microseconds for the left factor of a low-rank term, computed before the linear, or beside it by blocks of that many
 // rows. From a dozen times on an H100.
@@ -203,7 +206,10 @@ std::vector<LinearPlan> candidates(const LinearProblem& p) {
       plans.push_back(small_m_plan(p, split));
     }
   }
-  if (stream_legal(p)) plans.push_back(stream_plan(p));
+  if (stream_legal(p)) {
+    plans.push_back(stream_plan(p, 1));
+    if (p.m <= 8 && p.k > 4096) plans.push_back(stream_plan(p, 2));
+  }
   if (few_rows_legal(p)) {
     for (int tile : {16, 32}) plans.push_back(few_rows_plan(p, tile));
   }

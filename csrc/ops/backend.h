@@ -24,13 +24,19 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// left[m, rank] · factor, see kernels.h. No adapter: rank 0.
+// left[m, rank] · factor, see kernels.h, with a factor of any dtype. No adapter: rank 0.
 struct LowRankTerm {
-  const void* left = nullptr;
-  const void* factor = nullptr;
+  const Tensor* left = nullptr;
+  const Tensor* factor = nullptr;
   int64_t rank = 0;
   bool left_beside = false;  // kernels/cuda/kernels.h
 };
+
+// A factor as the kernels that take the activations' dtype want it.
+inline Tensor in_dtype(const Tensor& factor, DType dtype) {
+  const ScalarType type = scalar_type_of(dtype);
+  return factor.scalar_type() == type ? factor : as_contiguous(torch::stable::to(factor, type));
+}
 
 class Cpu {
  public:
@@ -53,20 +59,23 @@ class Cpu {
   }
   void linear_4bit(const QuantizedMatrix& weight, const Activation& x, const void* bias, const LowRankTerm& lora,
                    Tensor& y) const {
-    cpu::linear_4bit(weight, x.dtype, x.rows, x.data(), bias, {lora.left, lora.factor, lora.rank}, y.data_ptr());
+    const Factor factor(lora, x.dtype);
+    cpu::linear_4bit(weight, x.dtype, x.rows, x.data(), bias, factor.low_rank, y.data_ptr());
   }
   void linear_4bit_dx(const QuantizedMatrix& weight, const Activation& dy, const LowRankTerm& lora,
                       const Dropout& dropout, Tensor& dx) const {
-    cpu::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), {lora.left, lora.factor, lora.rank}, dropout,
-                        dx.data_ptr());
+    const Factor factor(lora, dy.dtype);
+    cpu::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), factor.low_rank, dropout, dx.data_ptr());
   }
   void lora_down(const QuantizedMatrix& weight, const Activation& x, int64_t rank, const Tensor& a, float scaling,
                  const Dropout& dropout, Tensor& xa) const {
-    cpu::lora_down(x.dtype, x.rows, weight.k, rank, x.data(), a.data_ptr(), scaling, dropout, xa.data_ptr());
+    const Tensor factor = in_dtype(a, x.dtype);
+    cpu::lora_down(x.dtype, x.rows, weight.k, rank, x.data(), factor.data_ptr(), scaling, dropout, xa.data_ptr());
   }
   void lora_dya(const QuantizedMatrix& weight, const Activation& dy, int64_t rank, const Tensor& b, float scaling, bool,
                 Tensor& dya) const {
-    cpu::lora_dya(dy.dtype, dy.rows, weight.n, rank, dy.data(), b.data_ptr(), scaling, dya.data_ptr());
+    const Tensor factor = in_dtype(b, dy.dtype);
+    cpu::lora_dya(dy.dtype, dy.rows, weight.n, rank, dy.data(), factor.data_ptr(), scaling, dya.data_ptr());
   }
   void lora_grad_a(const Activation& x, int64_t k, int64_t rank, const Tensor& dya, const Dropout& dropout,
                    Tensor& da) const {
@@ -75,6 +84,18 @@ class Cpu {
   void lora_grad_b(const Activation& dy, int64_t n, int64_t rank, const Tensor& xa, Tensor& db) const {
     cpu::lora_grad_b(dy.dtype, dy.rows, n, rank, dy.data(), xa.data_ptr(), data<float>(db));
   }
+
+ private:
+  // The low-rank term of the kernels, and the tensor that its factor may have been cast to.
+  struct Factor {
+    std::optional<Tensor> cast;
+    cpu::LowRank low_rank{};
+    Factor(const LowRankTerm& lora, DType dtype) {
+      if (lora.rank == 0) return;
+      cast = in_dtype(*lora.factor, dtype);
+      low_rank = {lora.left->data_ptr(), cast->data_ptr(), lora.rank};
+    }
+  };
 };
 
 #if PYQUANT_CUDA
@@ -106,23 +127,36 @@ class Cuda {
   }
   void linear_4bit(const QuantizedMatrix& weight, const Activation& x, const void* bias, const LowRankTerm& lora,
                    Tensor& y) const {
-    const cuda::LowRank low_rank{lora.left, lora.factor, lora.rank, lora.left_beside};
-    const Workspace scratch(y, cuda::linear_4bit_workspace(weight, x.dtype, x.rows, low_rank));
-    cuda::linear_4bit(weight, x.dtype, x.rows, x.data(), bias, low_rank, y.data_ptr(), scratch.data, stream_);
+    const Factor factor(lora, x.dtype, [&](const cuda::LowRank& low_rank) {
+      return cuda::linear_4bit_reads_float(weight, x.dtype, x.rows, x.data(), low_rank);
+    });
+    const Workspace scratch(y, cuda::linear_4bit_workspace(weight, x.dtype, x.rows, factor.low_rank));
+    cuda::linear_4bit(weight, x.dtype, x.rows, x.data(), bias, factor.low_rank, y.data_ptr(), scratch.data, stream_);
   }
   void linear_4bit_dx(const QuantizedMatrix& weight, const Activation& dy, const LowRankTerm& lora,
                       const Dropout& dropout, Tensor& dx) const {
-    const cuda::LowRank low_rank{lora.left, lora.factor, lora.rank, lora.left_beside};
-    const Workspace scratch(dx, cuda::linear_4bit_dx_workspace(weight, dy.dtype, dy.rows, low_rank));
-    cuda::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), low_rank, dropout, dx.data_ptr(), scratch.data, stream_);
+    const Factor factor(lora, dy.dtype, [&](const cuda::LowRank& low_rank) {
+      return cuda::linear_4bit_dx_reads_float(weight, dy.dtype, dy.rows, dy.data(), low_rank);
+    });
+    const Workspace scratch(dx, cuda::linear_4bit_dx_workspace(weight, dy.dtype, dy.rows, factor.low_rank));
+    cuda::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), factor.low_rank, dropout, dx.data_ptr(), scratch.data,
+                         stream_);
   }
   void lora_down(const QuantizedMatrix& weight, const Activation& x, int64_t rank, const Tensor& a, float scaling,
                  const Dropout& dropout, Tensor& xa) const {
-    cuda::lora_down(weight, x.dtype, x.rows, rank, x.data(), a.data_ptr(), scaling, dropout, xa.data_ptr(), stream_);
+    const bool as_float = in_float(a, x.dtype) &&
+                          cuda::lora_down_reads_float(weight, x.dtype, x.rows, rank, x.data(), a.data_ptr(), dropout);
+    const Tensor factor = as_float ? a : in_dtype(a, x.dtype);
+    cuda::lora_down(weight, x.dtype, x.rows, rank, x.data(), factor.data_ptr(), as_float, scaling, dropout,
+                    xa.data_ptr(), stream_);
   }
   void lora_dya(const QuantizedMatrix& weight, const Activation& dy, int64_t rank, const Tensor& b, float scaling,
                 bool beside, Tensor& dya) const {
-    cuda::lora_dya(weight, dy.dtype, dy.rows, rank, dy.data(), b.data_ptr(), scaling, beside, dya.data_ptr(), stream_);
+    const bool as_float =
+        in_float(b, dy.dtype) && cuda::lora_dya_reads_float(weight, dy.dtype, dy.rows, rank, dy.data(), b.data_ptr());
+    const Tensor factor = as_float ? b : in_dtype(b, dy.dtype);
+    cuda::lora_dya(weight, dy.dtype, dy.rows, rank, dy.data(), factor.data_ptr(), as_float, scaling, beside,
+                   dya.data_ptr(), stream_);
   }
   void lora_grad_a(const Activation& x, int64_t k, int64_t rank, const Tensor& dya, const Dropout& dropout,
                    Tensor& da) const {
@@ -143,6 +177,26 @@ class Cuda {
         "pyquant: the input and other tensors are on different devices (cpu and cuda); move one with .to(device)");
     return tensor.get_device_index();
   }
+
+  // float32 beside 16-bit activations.
+  static bool in_float(const Tensor& factor, DType dtype) {
+    return dtype != DType::kFloat32 && factor.scalar_type() == ScalarType::Float;
+  }
+
+  // The low-rank term of the kernels, and the tensor that its factor was cast to, unless they read it as it is.
+  struct Factor {
+    std::optional<Tensor> cast;
+    cuda::LowRank low_rank{};
+    template <typename ReadsFloat>
+    Factor(const LowRankTerm& lora, DType dtype, const ReadsFloat& reads_float) {
+      if (lora.rank == 0) return;
+      low_rank = {lora.left->data_ptr(), lora.factor->data_ptr(), lora.rank, lora.left_beside,
+                  in_float(*lora.factor, dtype)};
+      if (low_rank.float_factor && reads_float(low_rank)) return;
+      cast = in_dtype(*lora.factor, dtype);
+      low_rank.factor = cast->data_ptr(), low_rank.float_factor = false;
+    }
+  };
 
   // Scratch memory from torch's caching allocator: freed when the op returns, reused only by later work on the stream.
   struct Workspace {

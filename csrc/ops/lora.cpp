@@ -7,6 +7,7 @@
 namespace pyquant::ops {
 namespace {
 
+// In their own dtypes: float32 often, beside 16-bit activations. The products run in the dtype of the activations.
 struct Adapter {
   Tensor a;  // [r, k]
   Tensor b;  // [n, r]
@@ -20,13 +21,9 @@ Adapter check_adapter(const char* op, const Activation& x, const char* name, con
   PYQUANT_CHECK(lora_a.dim() == 2 && lora_b.dim() == 2 && lora_a.size(0) == lora_b.size(1) && lora_a.size(0) > 0 &&
                     lora_a.size(1) == k && lora_b.size(0) == n,
                 op, ": lora_A must be [r, ", k, "] and lora_B [", n, ", r] for one rank r > 0");
-  // Adapters are often kept in float32 beside 16-bit activations; the products run in the dtype of the activations.
-  const auto in_dtype_of_x = [&](const Tensor& factor, const char* factor_name) {
-    dtype_of(factor, op, factor_name);
-    if (factor.scalar_type() == x.tensor.scalar_type()) return as_contiguous(factor);
-    return as_contiguous(torch::stable::to(factor, x.tensor.scalar_type()));
-  };
-  return {in_dtype_of_x(lora_a, "lora_A"), in_dtype_of_x(lora_b, "lora_B"), lora_a.size(0)};
+  dtype_of(lora_a, op, "lora_A");
+  dtype_of(lora_b, op, "lora_B");
+  return {as_contiguous(lora_a), as_contiguous(lora_b), lora_a.size(0)};
 }
 
 template <typename Backend>
@@ -49,7 +46,7 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(Tensor x, Tensor packed, Tensor absm
   if (input.rows > 0) {
     backend.lora_down(weight.view, input, adapter.rank, adapter.a, static_cast<float>(scaling), mask, xa);
     backend.linear_4bit(weight.view, input, bias_values ? bias_values->data_ptr() : nullptr,
-                        {xa.data_ptr(), adapter.b.data_ptr(), adapter.rank, !mask.active()}, y);
+                        {&xa, &adapter.b, adapter.rank, !mask.active()}, y);
   }
   return {y, xa};
 }
@@ -87,8 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(Tensor dy, Tensor x
   backend.lora_dya(weight.view, gradient, adapter.rank, adapter.b, static_cast<float>(scaling),
                    needs_dx && !mask.active(), dya);
   if (needs_dx) {
-    backend.linear_4bit_dx(weight.view, gradient, {dya.data_ptr(), adapter.a.data_ptr(), adapter.rank, !mask.active()},
-                           mask, dx);
+    backend.linear_4bit_dx(weight.view, gradient, {&dya, &adapter.a, adapter.rank, !mask.active()}, mask, dx);
   }
   backend.lora_grad_a(input, k, adapter.rank, dya, mask, da);
   backend.lora_grad_b(gradient, n, adapter.rank, xa_values, db);

@@ -316,6 +316,39 @@ def test_every_kernel_meets_the_bound(monkeypatch, kernel, dtype, n, k, blocksiz
         assert torch.equal(y, ops.linear_4bit(x.cuda(), *weight, bias.cuda()))
 
 
+# Blocks of a cluster, by which a warp's tiles are in one part along k or two.
+@pytest.mark.parametrize(
+    ("n", "k", "split"),
+    [
+        (2128, 8192, 1),
+        (2128, 8192, 2),
+        (48, 5120, 1),
+        (48, 5120, 2),
+        (4096, 14336, 2),
+        (4096, 14336, 4),
+        (16, 11008, 2),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("quant", [("nf4", 64, True), ("fp4", 4096, True), ("nf4", 64, False)], ids=str)
+def test_stream_in_one_part_and_in_two_meets_the_bound(monkeypatch, n, k, split, rank, quant):
+    monkeypatch.setenv("PYQUANT_KERNEL", f"stream:8:{split}")
+    chosen = pyquant.explain_plan(1, n, k, rank=rank, blocksize=quant[1])
+    assert f"stream tile 8x16x{8192 if split * 4096 < k else 4096} split {split}," in chosen
+    weight, exact = quantized(n, k, quant_type=quant[0], blocksize=quant[1], nested=quant[2], device="cuda")
+    exact = exact.cuda()
+    bias = torch.randn(n, device="cuda").bfloat16()
+    for rows in (1, 7, 8):
+        x = torch.randn(rows, k, device="cuda").bfloat16()
+        if rank == 0:
+            check_on_gpu(x, exact.T, ops.linear_4bit(x, *weight, None), "y")
+            assert torch.equal(ops.linear_4bit(x, *weight, bias), ops.linear_4bit(x, *weight, bias))
+        else:
+            lora_A, lora_B = adapter(n, k, rank, torch.bfloat16, "cuda")
+            y, _ = ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 0.5, 0.0, None)
+            check_adapted(x, y, exact, lora_A, lora_B, forward=True)
+
+
 # wgmma with a tile of rows and a split: all splits of small problems, and a last wave of tiles that clusters share
 # behind whole ones.
 FORCED_PLANS = [
@@ -473,6 +506,25 @@ def test_layers_with_products_beside_them_replay_in_a_graph(monkeypatch, adapter
         graph.replay()
         for replayed, expected in zip(captured, everything(), strict=True):
             assert torch.equal(replayed, expected)
+
+
+@pytest.mark.parametrize(("plan", "rows", "n", "k"), [*BESIDE, ("stream", 16, 256, 512), ("mma", 100, 256, 512)])
+@pytest.mark.parametrize("rank", [16, 136])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_float32_factors_give_the_bits_of_rounded_ones(monkeypatch, plan, rows, n, k, rank, p):
+    """Whether a kernel rounds them itself or is given them rounded."""
+    monkeypatch.setenv("PYQUANT_KERNEL", plan)
+    weight, exact = quantized(n, k, device="cuda")
+    factors = adapter(*exact.shape, rank, torch.float32, "cuda")
+    x, dy = (torch.randn(rows, size, device="cuda").bfloat16() for size in (k, n))
+    seed = seed_tensor(5, "cuda")
+
+    def run(lora_A, lora_B):
+        y, xa = ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 0.5, p, seed)
+        return y, xa, *ops.lora_linear_4bit_backward(dy, x, xa, *weight, lora_A, lora_B, 0.5, p, seed, True)
+
+    for of_floats, of_rounded in zip(run(*factors), run(*(f.bfloat16() for f in factors)), strict=True):
+        assert torch.equal(of_floats, of_rounded)
 
 
 @pytest.mark.parametrize("rank", [8, 16, 40, 64, 136, 12])

@@ -19,6 +19,7 @@ struct LowRank {
   // `left` comes from lora_down or lora_dya, without dropout and launched just before on the stream: the linear may run
   // at the same time, as plan_lora_linear says to both.
   bool left_beside;
+  bool float_factor;  // the factor is float32 beside 16-bit activations: where ..._reads_float
 };
 
 // packed[ceil(numel / 2)], absmax[ceil(numel / blocksize)]. A block that holds a NaN or an infinity gets a non-finite
@@ -36,26 +37,35 @@ void dequantize_4bit(const QuantizedMatrix& weight, DType dtype, void* output, c
 // y[m, n] = x[m, k] · Wᵀ + left[m, r] · factor[n, r]ᵀ + bias[n]. `bias` may be null.
 // `workspace`: linear_4bit_workspace bytes, 16-byte aligned, contents arbitrary.
 int64_t linear_4bit_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const LowRank& lora);
+bool linear_4bit_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const LowRank& lora);
 void linear_4bit(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const void* bias,
                  const LowRank& lora, void* y, void* workspace, cudaStream_t stream);
 
 // dx[m, k] = dy[m, n] · W + dropout(left[m, r] · factor[r, k]).
 int64_t linear_4bit_dx_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const LowRank& lora);
+bool linear_4bit_dx_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy,
+                                const LowRank& lora);
 void linear_4bit_dx(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy, const LowRank& lora,
                     const Dropout& dropout, void* dx, void* workspace, cudaStream_t stream);
 
 // xa[m, r] = scaling · dropout(x[m, k]) · a[r, k]ᵀ. The next launch on the stream is to be linear_4bit with that weight
 // and adapter, which may run at the same time.
+// `float_a`: a is float32 beside 16-bit activations, where lora_down_reads_float.
+bool lora_down_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x,
+                           const void* a, const Dropout& dropout);
 void lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x, const void* a,
-               float scaling, const Dropout& dropout, void* xa, cudaStream_t stream);
+               bool float_a, float scaling, const Dropout& dropout, void* xa, cudaStream_t stream);
 
 // dya[m, r] = scaling · dy[m, n] · b[n, r]. `beside`: the next launch is linear_4bit_dx with that weight and adapter,
 // without dropout.
+bool lora_dya_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy,
+                          const void* b);
 void lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy, const void* b,
-              float scaling, bool beside, void* dya, cudaStream_t stream);
+              bool float_b, float scaling, bool beside, void* dya, cudaStream_t stream);
 
 // da[r, k] = dya[m, r]ᵀ · dropout(x[m, k]), in float32. Deterministic: partial sums over m go through `workspace`.
-// db[n, r] = dy[m, n]ᵀ · xa[m, r], in float32, likewise. `columns` is k for da and n for db.
+// db[n, r] = dy[m, n]ᵀ · xa[m, r], in float32, likewise. `columns` is k for da and n for db. lora_grad_b is to be
+// launched just behind lora_grad_a, and may run at the same time.
 int64_t lora_grad_workspace(DType dtype, int64_t m, int64_t columns, int64_t rank);
 void lora_grad_a(DType dtype, int64_t m, int64_t k, int64_t rank, const void* dya, const void* x,
                  const Dropout& dropout, float* da, void* workspace, cudaStream_t stream);

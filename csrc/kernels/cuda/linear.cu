@@ -41,13 +41,24 @@ int64_t workspace(LinearDirection direction, const QuantizedMatrix& weight, DTyp
   return bytes;
 }
 
+LinearProblem problem_of(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m,
+                         const void* input, const LowRank& lora) {
+  const bool aligned =
+      aligned_16(input) && aligned_16(weight.packed) && aligned_16(lora.left) && aligned_16(lora.factor);
+  return problem_of(direction, weight, dtype, m, lora.rank, lora.left_beside, aligned);
+}
+
+bool reads_float(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, const void* input,
+                 const LowRank& lora) {
+  return m > 0 && lora.rank > 0 &&
+         plan_linear(problem_of(direction, weight, dtype, m, input, lora)).kernel == LinearKernel::kWgmma;
+}
+
 void run(LinearDirection direction, const LinearArguments& arguments, cudaStream_t stream) {
   const QuantizedMatrix& matrix = arguments.weight.matrix;
   if (arguments.m <= 0 || matrix.numel() <= 0) return;
-  const bool aligned = aligned_16(arguments.input) && aligned_16(matrix.packed) && aligned_16(arguments.lora.left) &&
-                       aligned_16(arguments.lora.factor);
-  const LinearProblem problem = problem_of(direction, matrix, arguments.dtype, arguments.m, arguments.lora.rank,
-                                           arguments.lora.left_beside, aligned);
+  const LinearProblem problem =
+      problem_of(direction, matrix, arguments.dtype, arguments.m, arguments.input, arguments.lora);
   const LinearPlan plan = plan_linear(problem);
   log_plan(problem, plan);
   switch (plan.kernel) {
@@ -77,6 +88,11 @@ int64_t linear_4bit_workspace(const QuantizedMatrix& weight, DType dtype, int64_
   return workspace(LinearDirection::kForward, weight, dtype, m, lora);
 }
 
+bool linear_4bit_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x,
+                             const LowRank& lora) {
+  return reads_float(LinearDirection::kForward, weight, dtype, m, x, lora);
+}
+
 void linear_4bit(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const void* bias,
                  const LowRank& lora, void* y, void* workspace, cudaStream_t stream) {
   const Dropout no_dropout{nullptr, 0, 1.0f};
@@ -85,6 +101,11 @@ void linear_4bit(const QuantizedMatrix& weight, DType dtype, int64_t m, const vo
 
 int64_t linear_4bit_dx_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const LowRank& lora) {
   return workspace(LinearDirection::kDx, weight, dtype, m, lora);
+}
+
+bool linear_4bit_dx_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy,
+                                const LowRank& lora) {
+  return reads_float(LinearDirection::kDx, weight, dtype, m, dy, lora);
 }
 
 void linear_4bit_dx(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy, const LowRank& lora,

@@ -6,9 +6,9 @@
 //
 //   - One persistent block to an SM makes the table once. Its entries lie 256 bytes apart at a multiple of 64 KB, so
 //     that an entry's address is one byte permutation: the packed byte put into bits 8 to 15 of a lane's base address.
-//   - A warp keeps its part of x, 256 k of up to 16 rows, in registers for good, and walks down the rows of W in tiles
-//     of 16. Its tiles arrive in a ring of its own, which it refills itself through the tensor memory accelerator: no
-//     warp waits for another's copies.
+//   - A warp keeps its part of x, 256 k of up to 16 rows or 512 of up to 8, in registers for good, and walks down the
+//     rows of W in tiles of 16, each in one part or two along k. Its tiles arrive in a ring of its own, which it
+//     refills itself through the tensor memory accelerator: no warp waits for another's copies.
 //   - The warps' sums of a tile are added while the next tile is multiplied.
 //   - Where K is more than a block's warps cover, the blocks of a cluster share it out and add their sums through
 //     distributed shared memory, in a fixed order.
@@ -30,9 +30,9 @@ constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = 16;   // of W in a tile
 constexpr int kChunk = 64;  // k that share one absmax
-constexpr int kChunks = 4;  // that a warp keeps
+constexpr int kChunks = 4;  // of a part of a tile
 constexpr int kTileRowBytes = kChunks * kChunk / 2;
-constexpr int kTileBytes = kRows * kTileRowBytes;  // of one warp
+constexpr int kTileBytes = kRows * kTileRowBytes;  // of one warp, a part
 // More would not be read faster: 64 KB on their way to an SM already cover the latency of memory, and what is small but
 // urgent, x and absmax, waits behind them.
 constexpr int kStages = 2;
@@ -58,7 +58,8 @@ struct Low {
   uint64_t free[kSlots];  // the inboxes of the cluster have been read; the last of twelve in a row
 };
 constexpr int kLowBytes = (sizeof(Low) + 1023) / 1024 * 1024;
-constexpr int kSharedBytes = 2 * kTableBytes + (kStages - 1) * kStageBytes + 2 * kThreads * sizeof(uint4);
+constexpr int kMaxParked = 3;  // chunks
+constexpr int kSharedBytes = 2 * kTableBytes + (kStages - 1) * kStageBytes + kMaxParked * 2 * kThreads * sizeof(uint4);
 static_assert(kLowBytes + 1024 <= kTableBytes, "below the first multiple of 64 KB but for the runtime's own 1 KB");
 
 // The row, of the upper 8 of a tile, that lanes 4g … 4g + 3 hold: such that the 8-byte reads of half a warp from rows
@@ -88,8 +89,8 @@ struct Parameters {
   T* y;
 };
 
-// kTokenTiles: rows of x, in eights.
-template <typename T, int kTokenTiles, bool kLora>
+// kTokenTiles: rows of x, in eights. kParts: of a warp's tile along k.
+template <typename T, int kTokenTiles, int kParts, bool kLora>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_stream_kernel(const __grid_constant__ CUtensorMap packed_map, const __grid_constant__ Parameters<T> p) {
 #if __CUDA_ARCH__ >= 900
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int cluster_size = p.cluster_size;
   const int rank = static_cast<int>(blockIdx.x) % cluster_size, cluster = static_cast<int>(blockIdx.x) / cluster_size;
   const int tiles = (p.tiles - cluster + p.clusters - 1) / p.clusters;  // cluster, cluster + clusters …
-  const int first_chunk = (rank * p.warps + warp) * kChunks;
+  const int first_chunk = (rank * p.warps + warp) * kChunks * kParts;
   const bool working = warp < p.warps && first_chunk < p.chunks;
   const Weight& weight = p.weight;
   const int n = static_cast<int>(weight.matrix.n);
@@ -117,12 +118,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto stage_at = [&](int stage) {
     return (stage == 0 ? low.stage0 : table + kTableBytes + (stage - 1) * kStageBytes) + warp * kTileBytes;
   };
-  const auto request = [&](int i) {
-    if (i >= tiles) return;
-    uint64_t* full = &low.full[warp][i % kStages];
+  // Part j of all: part j % kParts of tile j / kParts.
+  const auto request = [&](int j) {
+    if (j >= tiles * kParts) return;
+    uint64_t* full = &low.full[warp][j % kStages];
     ptx::expect_bytes(full, kTileBytes);
-    ptx::copy_tile_once(stage_at(i % kStages), &packed_map, first_chunk * (kChunk / 2),
-                        (cluster + i * p.clusters) * kRows, full);
+    ptx::copy_tile_once(stage_at(j % kStages), &packed_map, (first_chunk + j % kParts * kChunks) * (kChunk / 2),
+                        (cluster + j / kParts * p.clusters) * kRows, full);
   };
 
   if (lane == 0) {
@@ -136,17 +138,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncwarp();
 
-  // absmax of a tile: lane l loads those of chunks 2 (l % 2) and the next in row l / 2, and decodes them a tile later.
+  // absmax of a part: lane l loads those of chunks 2 (l % 2) and the next in row l / 2, and decodes them a part later.
   // Beyond the ends of W the last ones are read: no product with them reaches y.
-  const int chunk_pair = first_chunk + lane % 2 * 2;
-  const bool inside = chunk_pair < p.chunks;
+  const auto chunk_pair = [&](int j) { return first_chunk + j % kParts * kChunks + lane % 2 * 2; };
   const int block_shift = weight.blocksize_log2 - 6;
   struct {
     uint32_t raw[2];
     float nested;
   } absmax;
-  const auto load_scales = [&](int i) {
-    const int block = ((cluster + i * p.clusters) * kRows + lane / 2) * p.chunks + (inside ? chunk_pair : 0);
+  const auto load_scales = [&](int j) {
+    const int at = chunk_pair(j) < p.chunks ? chunk_pair(j) : 0;
+    const int block = ((cluster + j / kParts * p.clusters) * kRows + lane / 2) * p.chunks + at;
     const int first = block >> block_shift, second = (block + 1) >> block_shift;
     if (nested) {
       absmax.raw[0] = __ldg(weight.matrix.absmax_codes + first);
@@ -161,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Statistics of later tiles come to the L2 cache ahead of their loads, a warp for all: lane l those of half a block's
   // chunks in row l / 2.
   const auto prefetch_scales = [&](int i) {
-    const int chunk = min((rank * p.warps + lane % 2 * (p.warps / 2)) * kChunks, p.chunks - 1);
+    const int chunk = min((rank * p.warps + lane % 2 * (p.warps / 2)) * kChunks * kParts, p.chunks - 1);
     const int index = ((cluster + i * p.clusters) * kRows + lane / 2) * p.chunks + chunk >> block_shift;
     if (nested) {
       ptx::prefetch_to_l2(weight.matrix.absmax_codes + index);
@@ -197,22 +199,25 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
 
-  // With 16 rows and the low-rank term the registers do not suffice: the last part of x lies in shared memory.
-  constexpr bool kParkX = kLora && kTokenTiles == 2;
+  // With 16 rows and the low-rank term, or two parts, the registers do not suffice: x of the last chunks, and of the
+  // last rows, lies in shared memory.
+  constexpr int kParked = kParts == 2 ? 2 + kLora : kLora && kTokenTiles == 2 ? 1 : 0;
+  constexpr int kFirstParked = kParts * kChunks - kParked;
   uint4* parked = reinterpret_cast<uint4*>(table + kTableBytes + (kStages - 1) * kStageBytes) + threadIdx.x;
-  uint32_t x[kChunks][kTokenTiles][8];
+  static_assert(kParts * kTokenTiles <= 2);
+  uint32_t x[kParts * kChunks][kTokenTiles][8];
 #pragma unroll
   for (int u = 0; u < kTokenTiles; ++u) {
     const T* from = p.x + min(8 * u + g, p.m - 1) * weight.matrix.k + first_chunk * kChunk + 16 * t;
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
+    for (int c = 0; c < kParts * kChunks; ++c) {
       uint4 first{}, second{};
       if (working && first_chunk + c < p.chunks) {
         first = *reinterpret_cast<const uint4*>(from + c * kChunk);
         second = *(reinterpret_cast<const uint4*>(from + c * kChunk) + 1);
       }
-      if (kParkX && c == kChunks - 1 && u == 1) {
-        parked[0] = first, parked[kThreads] = second;
+      if (c >= kFirstParked && u == kTokenTiles - 1) {
+        parked[2 * (c - kFirstParked) * kThreads] = first, parked[(2 * (c - kFirstParked) + 1) * kThreads] = second;
         continue;
       }
       x[c][u][0] = first.x, x[c][u][1] = first.y, x[c][u][2] = first.z, x[c][u][3] = first.w;
@@ -268,15 +273,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
-  const auto decode_scales = [&](int i) {
+  const auto decode_scales = [&](int j) {
     float2 decoded = make_float2(__uint_as_float(absmax.raw[0]), __uint_as_float(absmax.raw[1]));
     if (nested) {
       decoded.x = __fadd_rn(__fmul_rn(low.nested_code[absmax.raw[0]], absmax.nested), low.offset);
       decoded.y = __fadd_rn(__fmul_rn(low.nested_code[absmax.raw[1]], absmax.nested), low.offset);
     }
-    if (!inside) decoded = make_float2(0.0f, 0.0f);
-    reinterpret_cast<float2*>(low.scale[i & 1][warp])[lane] = decoded;
-    if (i + 1 < tiles) load_scales(i + 1);
+    if (chunk_pair(j) >= p.chunks) decoded = make_float2(0.0f, 0.0f);
+    reinterpret_cast<float2*>(low.scale[j & 1][warp])[lane] = decoded;
+    if (j + 1 < tiles * kParts) load_scales(j + 1);
   };
   if (working) {
     decode_scales(0);
@@ -289,49 +294,60 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = 0; i < tiles; ++i) {
     ptx::FragC sum[kTokenTiles] = {};
     if (working) {
-      ptx::wait_barrier(&low.full[warp][i % kStages], i / kStages & 1);
-      const float4 upper_scales = low.scale[i & 1][warp][row], lower_scales = low.scale[i & 1][warp][row + 8];
-      const float upper_scale[kChunks] = {upper_scales.x, upper_scales.y, upper_scales.z, upper_scales.w};
-      const float lower_scale[kChunks] = {lower_scales.x, lower_scales.y, lower_scales.z, lower_scales.w};
-      const unsigned char* tile = stage_at(i % kStages);
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const uint2 upper = *reinterpret_cast<const uint2*>(tile + (offset_in_tile ^ c << 5));
-        const uint2 lower = *reinterpret_cast<const uint2*>(tile + (offset_in_tile ^ c << 5) + kTileBytes / 2);
-        if (c == kChunks - 1) decode_scales(i + 1);
-        if (kParkX && c == kChunks - 1) {
-          const uint4 first = parked[0], second = parked[kThreads];
-          x[c][1][0] = first.x, x[c][1][1] = first.y, x[c][1][2] = first.z, x[c][1][3] = first.w;
-          x[c][1][4] = second.x, x[c][1][5] = second.y, x[c][1][6] = second.z, x[c][1][7] = second.w;
-        }
-        ptx::FragC product[kTokenTiles] = {};
+      for (int part = 0; part < kParts; ++part) {
+        const int j = i * kParts + part;
+        const int stage = kParts == kStages ? part : j % kStages, turn = kParts == kStages ? i : j / kStages;
+        ptx::wait_barrier(&low.full[warp][stage], turn & 1);
+        const float4 upper_scales = low.scale[kParts == 2 ? part : j & 1][warp][row],
+                     lower_scales = low.scale[kParts == 2 ? part : j & 1][warp][row + 8];
+        const float upper_scale[kChunks] = {upper_scales.x, upper_scales.y, upper_scales.z, upper_scales.w};
+        const float lower_scale[kChunks] = {lower_scales.x, lower_scales.y, lower_scales.z, lower_scales.w};
+        const unsigned char* tile = stage_at(stage);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const uint32_t from_upper = j < 2 ? upper.x : upper.y, from_lower = j < 2 ? lower.x : lower.y;
-          ptx::FragA a;
-          if (j % 2 == 0) {
-            a.reg[0] = look_up<0>(from_upper, lane_base), a.reg[1] = look_up<0>(from_lower, lane_base);
-            a.reg[2] = look_up<1>(from_upper, lane_base), a.reg[3] = look_up<1>(from_lower, lane_base);
-          } else {
-            a.reg[0] = look_up<2>(from_upper, lane_base), a.reg[1] = look_up<2>(from_lower, lane_base);
-            a.reg[2] = look_up<3>(from_upper, lane_base), a.reg[3] = look_up<3>(from_lower, lane_base);
+        for (int c = 0; c < kChunks; ++c) {
+          const uint2 upper = *reinterpret_cast<const uint2*>(tile + (offset_in_tile ^ c << 5));
+          const uint2 lower = *reinterpret_cast<const uint2*>(tile + (offset_in_tile ^ c << 5) + kTileBytes / 2);
+          if (c == kChunks - 1) decode_scales(j + 1);
+          const int parked_chunk = part * kChunks + c - kFirstParked;
+          if (parked_chunk >= 0) {
+            const uint4 first = parked[2 * parked_chunk * kThreads], second = parked[(2 * parked_chunk + 1) * kThreads];
+            uint32_t (&last)[8] = x[part * kChunks + c][kTokenTiles - 1];
+            last[0] = first.x, last[1] = first.y, last[2] = first.z, last[3] = first.w;
+            last[4] = second.x, last[5] = second.y, last[6] = second.z, last[7] = second.w;
+          }
+          const uint32_t (&x_of_chunk)[kTokenTiles][8] = x[part * kChunks + c];
+          ptx::FragC product[kTokenTiles] = {};
+#pragma unroll
+          for (int quarter = 0; quarter < 4; ++quarter) {
+            const uint32_t from_upper = quarter < 2 ? upper.x : upper.y, from_lower = quarter < 2 ? lower.x : lower.y;
+            ptx::FragA a;
+            if (quarter % 2 == 0) {
+              a.reg[0] = look_up<0>(from_upper, lane_base), a.reg[1] = look_up<0>(from_lower, lane_base);
+              a.reg[2] = look_up<1>(from_upper, lane_base), a.reg[3] = look_up<1>(from_lower, lane_base);
+            } else {
+              a.reg[0] = look_up<2>(from_upper, lane_base), a.reg[1] = look_up<2>(from_lower, lane_base);
+              a.reg[2] = look_up<3>(from_upper, lane_base), a.reg[3] = look_up<3>(from_lower, lane_base);
+            }
+#pragma unroll
+            for (int u = 0; u < kTokenTiles; ++u) {
+              ptx::mma<T>(product[u], a, {{x_of_chunk[u][2 * quarter], x_of_chunk[u][2 * quarter + 1]}});
+            }
           }
 #pragma unroll
-          for (int u = 0; u < kTokenTiles; ++u) ptx::mma<T>(product[u], a, {{x[c][u][2 * j], x[c][u][2 * j + 1]}});
+          for (int u = 0; u < kTokenTiles; ++u) {
+            float (&total)[4] = sum[u].value;
+            const float (&products)[4] = product[u].value;
+            total[0] = fmaf(upper_scale[c], products[0], total[0]);
+            total[1] = fmaf(upper_scale[c], products[1], total[1]);
+            total[2] = fmaf(lower_scale[c], products[2], total[2]);
+            total[3] = fmaf(lower_scale[c], products[3], total[3]);
+          }
         }
-#pragma unroll
-        for (int u = 0; u < kTokenTiles; ++u) {
-          float (&total)[4] = sum[u].value;
-          const float (&part)[4] = product[u].value;
-          total[0] = fmaf(upper_scale[c], part[0], total[0]);
-          total[1] = fmaf(upper_scale[c], part[1], total[1]);
-          total[2] = fmaf(lower_scale[c], part[2], total[2]);
-          total[3] = fmaf(lower_scale[c], part[3], total[3]);
-        }
+        __syncwarp();  // every lane has read its bytes
+        if (part == 0 && warp == i % kWarps && i + 1 + kAhead < tiles) prefetch_scales(i + 1 + kAhead);
+        if (lane == 0) request(j + kStages);
       }
-      __syncwarp();  // every lane has read its bytes
-      if (warp == i % kWarps && i + 1 + kAhead < tiles) prefetch_scales(i + 1 + kAhead);
-      if (lane == 0) request(i + kStages);
     }
 
     if constexpr (kLora) {
@@ -390,7 +406,8 @@ void linear_stream(const LinearArguments& arguments, const LinearPlan& plan, cud
     p.tiles = static_cast<int>(ceil_div(matrix.n, kRows));
     p.chunks = static_cast<int>(matrix.k / kChunk);
     p.cluster_size = plan.split;
-    p.warps = static_cast<int>(ceil_div(ceil_div(p.chunks, kChunks), plan.split));
+    const int parts = plan.tile_k / (kWarps * kChunks * kChunk);
+    p.warps = static_cast<int>(ceil_div(ceil_div(p.chunks, kChunks * parts), plan.split));
     p.x = static_cast<const T*>(arguments.input);
     p.bias = static_cast<const T*>(arguments.bias);
     p.lora = arguments.lora;
@@ -406,10 +423,12 @@ void linear_stream(const LinearArguments& arguments, const LinearPlan& plan, cud
       launch_kernel("linear_stream", problem, shape, kernel, map, p);
     };
     const bool lora = arguments.lora.rank > 0;
-    if (arguments.m <= 8) {
-      lora ? launch(linear_stream_kernel<T, 1, true>) : launch(linear_stream_kernel<T, 1, false>);
+    if (arguments.m > 8) {
+      lora ? launch(linear_stream_kernel<T, 2, 1, true>) : launch(linear_stream_kernel<T, 2, 1, false>);
+    } else if (parts == 1) {
+      lora ? launch(linear_stream_kernel<T, 1, 1, true>) : launch(linear_stream_kernel<T, 1, 1, false>);
     } else {
-      lora ? launch(linear_stream_kernel<T, 2, true>) : launch(linear_stream_kernel<T, 2, false>);
+      lora ? launch(linear_stream_kernel<T, 1, 2, true>) : launch(linear_stream_kernel<T, 1, 2, false>);
     }
   });
 }

@@ -81,6 +81,7 @@ struct Parameters {
   Weight weight;
   float table_scale;  // the codebook's, before it is rounded to 16 bits
   const void* factor;
+  bool float_factor;  // float32 instead of T
   const void* bias;
   Dropout dropout;
   void* output;
@@ -95,7 +96,7 @@ struct Parameters {
   int first_step[9];  // of the parts of a shared tile
   bool share;
   // The previous kernel, still running, writes `left` and nothing else that this one touches, and let this one start
-  // only when all before it had ended. So only `left` is waited for; activations and the factor, which kernels before
+  // only when all before it had ended. So only `left` is waited for; activations, factor and bias, which kernels before
   // that may have written, are read from L2, where what they wrote is.
   bool beside;
   bool quick;  // blocks of 64, double quantization, codes in whole words
@@ -588,9 +589,12 @@ __global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(co
     const Consumer c = this_consumer<kForward>();
     const int flip = c.flip, t = c.t;
     const auto word = [&](int row, int at, bool inside) {
-      const T* pointer = static_cast<const T*>(p.factor) + int64_t{row} * (kForward ? p.rank : p.columns) + at;
+      const int64_t index = int64_t{row} * (kForward ? p.rank : p.columns) + at;
       // From L2: this SM may have read it before an earlier kernel wrote it, since when nothing has been waited for.
-      return inside ? __ldcg(reinterpret_cast<const uint32_t*>(pointer)) : 0u;
+      if (!inside) return 0u;
+      if (!p.float_factor) return __ldcg(reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.factor) + index));
+      const float2 pair = __ldcg(reinterpret_cast<const float2*>(static_cast<const float*>(p.factor) + index));
+      return pack_pair<T>(pair.x, pair.y);
     };
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -632,18 +636,24 @@ __global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(co
     next.template advance<kTeams>();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      // The weights of the next step, then its activations. A barrier's answer takes 60 to 90 cycles: asked here, it
+      // comes while the products wait for the ones before.
+      uint32_t barrier, phase;
+      if (half == 0) {
+        barrier = full_w(next_w);
+        phase = more_weights ? ring_w.phase : ring_w.phase ^ (ring_w.stage < kTeams ? 1 : 0);
+      } else {
+        barrier = full(more_activations ? next.stage : ring.stage);
+        phase = more_activations ? next.phase : ring.phase;
+      }
+      const bool ready = ptx::test_barrier(barrier, phase);
       ptx::fence_products();
 #pragma unroll
       for (int chunk = 2 * half; chunk < 2 * half + 2; ++chunk) {
         ptx::Wgmma<T, kTokens>::add(sum, operand + 4 * chunk, b + 2 * chunk);
       }
       ptx::commit_products();
-      if (half == 0) {
-        const uint32_t phase = more_weights ? ring_w.phase : ring_w.phase ^ (ring_w.stage < kTeams ? 1 : 0);
-        ptx::wait_barrier(full_w(next_w), phase);
-      } else {
-        ptx::wait_barrier(full(more_activations ? next.stage : ring.stage), more_activations ? next.phase : ring.phase);
-      }
+      if (!ready) ptx::wait_barrier(barrier, phase);
       load_words(next_w, half);
       ptx::wait_products<1>();
       finish_half(half ^ 1);
@@ -799,8 +809,8 @@ __global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(co
     float bias_low = 0.0f, bias_high = 0.0f;
     if (bias != nullptr) {
       const int low = work.row0 + column + flip, high = work.row0 + column + 1 - flip;
-      if (low < p.columns) bias_low = to_float(bias[low]);
-      if (high < p.columns) bias_high = to_float(bias[high]);
+      if (low < p.columns) bias_low = to_float(__ldcg(bias + low));
+      if (high < p.columns) bias_high = to_float(__ldcg(bias + high));
     }
     const int column0 = work.row0 + 64 * group;
     const uint32_t gather = window + kGather + group * 2 * kGatherBytes;
@@ -994,6 +1004,7 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   p.weight = arguments.weight;
   p.table_scale = table_scale<T>(arguments.weight);
   p.factor = arguments.lora.factor;
+  p.float_factor = arguments.lora.float_factor;
   p.bias = arguments.bias;
   p.dropout = arguments.dropout;
   p.output = arguments.output;

@@ -483,8 +483,8 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const float* __rest
 
 // grad(i, j) = sum over rows of large[row, i] · small[row, j].
 void lora_grad(const char* name, DType dtype, int64_t m, int64_t columns, int64_t rank, const void* large,
-               const void* small, const Dropout& dropout, int64_t outer_stride, int64_t rank_stride, float* grad,
-               void* workspace, cudaStream_t stream) {
+               const void* small, const Dropout& dropout, int64_t outer_stride, int64_t rank_stride,
+               bool beside_previous, float* grad, void* workspace, cudaStream_t stream) {
   if (columns <= 0 || rank <= 0) return;
   const int split = grad_split(dtype, m, columns, rank);
   const float alpha = dropout.active() ? dropout.scale : 1.0f;
@@ -492,7 +492,8 @@ void lora_grad(const char* name, DType dtype, int64_t m, int64_t columns, int64_
   const Output output{{grad, true, columns, rank, outer_stride, rank_stride, alpha}, partial};
   const std::string problem =
       "of " + std::to_string(m) + " rows, " + std::to_string(columns) + " columns and rank " + std::to_string(rank);
-  if (!dropout.active() && lora_wgmma(name, problem, dtype, true, true, {large, small, m, output}, stream)) return;
+  const SkinnyProblem skinny{large, small, m, output, false, beside_previous};
+  if (!dropout.active() && lora_wgmma(name, problem, dtype, true, true, skinny, stream)) return;
   if (dtype == DType::kFloat32) {
     skinny_simt(name, problem, {static_cast<const float*>(large), columns, 1, columns},
                 {static_cast<const float*>(small), rank, 1, rank}, m, dropout, output, split, stream);
@@ -513,8 +514,20 @@ void lora_grad(const char* name, DType dtype, int64_t m, int64_t columns, int64_
 
 }  // namespace
 
+bool lora_down_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x,
+                           const void* a, const Dropout& dropout) {
+  return m > kFewRows && !dropout.active() &&
+         lora_wgmma_legal(dtype, false, false, {x, a, weight.k, {nullptr, false, m, rank, rank, 1, 1.0f}, true});
+}
+
+bool lora_dya_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy,
+                          const void* b) {
+  return m > 0 &&
+         lora_wgmma_legal(dtype, false, true, {dy, b, weight.n, {nullptr, false, m, rank, rank, 1, 1.0f}, true});
+}
+
 void lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x, const void* a,
-               float scaling, const Dropout& dropout, void* xa, cudaStream_t stream) {
+               bool float_a, float scaling, const Dropout& dropout, void* xa, cudaStream_t stream) {
   const int64_t k = weight.k;
   if (m <= 0 || rank <= 0) return;
   const std::string problem =
@@ -531,7 +544,7 @@ void lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t ra
   const Output output{{xa, false, m, rank, rank, 1, alpha}, nullptr};
   if (!dropout.active()) {
     const LinearPlan plan = plan_lora_linear(LinearDirection::kForward, weight, dtype, m, rank);
-    const SkinnyProblem skinny{x, a, k, output, plan.beside, plan.cluster()};
+    const SkinnyProblem skinny{x, a, k, output, float_a, false, plan.beside, plan.cluster()};
     if (lora_wgmma("lora_down", problem, dtype, false, false, skinny, stream)) return;
   }
   if (dtype == DType::kFloat32) {
@@ -547,14 +560,14 @@ void lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t ra
 }
 
 void lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy, const void* b,
-              float scaling, bool beside, void* dya, cudaStream_t stream) {
+              bool float_b, float scaling, bool beside, void* dya, cudaStream_t stream) {
   const int64_t n = weight.n;
   if (m <= 0 || rank <= 0) return;
   const std::string problem =
       "of " + std::to_string(m) + " rows, " + std::to_string(n) + " columns and rank " + std::to_string(rank);
   const Dropout no_dropout{nullptr, 0, 1.0f};
   const Output output{{dya, false, m, rank, rank, 1, scaling}, nullptr};
-  SkinnyProblem skinny{dy, b, n, output};
+  SkinnyProblem skinny{dy, b, n, output, float_b};
   if (beside) {
     const LinearPlan plan = plan_lora_linear(LinearDirection::kDx, weight, dtype, m, rank);
     skinny.beside_rows = plan.beside, skinny.beside_cluster = plan.cluster();
@@ -580,13 +593,13 @@ int64_t lora_grad_workspace(DType dtype, int64_t m, int64_t columns, int64_t ran
 
 void lora_grad_a(DType dtype, int64_t m, int64_t k, int64_t rank, const void* dya, const void* x,
                  const Dropout& dropout, float* da, void* workspace, cudaStream_t stream) {
-  lora_grad("lora_grad_a", dtype, m, k, rank, x, dya, dropout, 1, k, da, workspace, stream);
+  lora_grad("lora_grad_a", dtype, m, k, rank, x, dya, dropout, 1, k, false, da, workspace, stream);
 }
 
 void lora_grad_b(DType dtype, int64_t m, int64_t n, int64_t rank, const void* dy, const void* xa, float* db,
                  void* workspace, cudaStream_t stream) {
   const Dropout no_dropout{nullptr, 0, 1.0f};
-  lora_grad("lora_grad_b", dtype, m, n, rank, dy, xa, no_dropout, rank, 1, db, workspace, stream);
+  lora_grad("lora_grad_b", dtype, m, n, rank, dy, xa, no_dropout, rank, 1, true, db, workspace, stream);
 }
 
 }  // namespace pyquant::cuda
