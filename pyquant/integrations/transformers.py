@@ -181,11 +181,12 @@ class PyQuantQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: PyQuantConfig
 
-    @property
-    def quantized_element_size(self) -> float:
-        config = self.quantization_config
-        scale = 1 + 4 / 256 if config.double_quant else 4
-        return 0.5 + scale / config.blocksize
+    def param_element_size(self, model, param_name: str, param: torch.Tensor) -> float:
+        """Bytes an element on the device: of what an automatic device_map adds up, and the loader allocates at once."""
+        if not self.param_needs_quantization(model, param_name):
+            return param.element_size()
+        scale = 1 + 4 / 256 if self.quantization_config.double_quant else 4
+        return 0.5 + scale / self.quantization_config.blocksize
 
     @property
     def is_trainable(self) -> bool:
