@@ -24,12 +24,12 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// left[m, rank] · factor, see kernels.h, with a factor of any dtype. No adapter: rank 0.
-struct LowRankTerm {
-  const Tensor* left = nullptr;
-  const Tensor* factor = nullptr;
-  int64_t rank = 0;
-  bool left_beside = false;  // kernels/cuda/kernels.h
+// The factors in their own dtypes: float32 often, beside 16-bit activations. The products run in the dtype of the
+// activations.
+struct Adapter {
+  Tensor a;  // [rank, k]
+  Tensor b;  // [n, rank]
+  int64_t rank;
 };
 
 // A factor as the kernels that take the activations' dtype want it.
@@ -57,25 +57,29 @@ class Cpu {
   void dequantize_4bit(const QuantizedMatrix& weight, DType dtype, Tensor& output) const {
     cpu::dequantize_4bit(weight, dtype, output.data_ptr());
   }
-  void linear_4bit(const QuantizedMatrix& weight, const Activation& x, const void* bias, const LowRankTerm& lora,
+  void linear_4bit(const QuantizedMatrix& weight, const Activation& x, const void* bias, const cpu::LowRank& lora,
                    Tensor& y) const {
-    const Factor factor(lora, x.dtype);
-    cpu::linear_4bit(weight, x.dtype, x.rows, x.data(), bias, factor.low_rank, y.data_ptr());
+    cpu::linear_4bit(weight, x.dtype, x.rows, x.data(), bias, lora, y.data_ptr());
   }
-  void linear_4bit_dx(const QuantizedMatrix& weight, const Activation& dy, const LowRankTerm& lora,
+  void linear_4bit_dx(const QuantizedMatrix& weight, const Activation& dy, const cpu::LowRank& lora,
                       const Dropout& dropout, Tensor& dx) const {
-    const Factor factor(lora, dy.dtype);
-    cpu::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), factor.low_rank, dropout, dx.data_ptr());
+    cpu::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), lora, dropout, dx.data_ptr());
   }
-  void lora_down(const QuantizedMatrix& weight, const Activation& x, int64_t rank, const Tensor& a, float scaling,
-                 const Dropout& dropout, Tensor& xa) const {
-    const Tensor factor = in_dtype(a, x.dtype);
-    cpu::lora_down(x.dtype, x.rows, weight.k, rank, x.data(), factor.data_ptr(), scaling, dropout, xa.data_ptr());
+  void lora_linear_4bit(const QuantizedMatrix& weight, const Activation& x, const void* bias, const Adapter& adapter,
+                        float scaling, const Dropout& dropout, Tensor& xa, Tensor& y) const {
+    const int64_t rank = adapter.rank;
+    const Tensor a = in_dtype(adapter.a, x.dtype), b = in_dtype(adapter.b, x.dtype);
+    cpu::lora_down(x.dtype, x.rows, weight.k, rank, x.data(), a.data_ptr(), scaling, dropout, xa.data_ptr());
+    linear_4bit(weight, x, bias, {xa.data_ptr(), b.data_ptr(), rank}, y);
   }
-  void lora_dya(const QuantizedMatrix& weight, const Activation& dy, int64_t rank, const Tensor& b, float scaling, bool,
-                Tensor& dya) const {
-    const Tensor factor = in_dtype(b, dy.dtype);
-    cpu::lora_dya(dy.dtype, dy.rows, weight.n, rank, dy.data(), factor.data_ptr(), scaling, dya.data_ptr());
+  void lora_linear_4bit_dx(const QuantizedMatrix& weight, const Activation& dy, const Adapter& adapter, float scaling,
+                           const Dropout& dropout, bool needs_dx, Tensor& dya, Tensor& dx) const {
+    const int64_t rank = adapter.rank;
+    const Tensor b = in_dtype(adapter.b, dy.dtype);
+    cpu::lora_dya(dy.dtype, dy.rows, weight.n, rank, dy.data(), b.data_ptr(), scaling, dya.data_ptr());
+    if (!needs_dx) return;
+    const Tensor a = in_dtype(adapter.a, dy.dtype);
+    linear_4bit_dx(weight, dy, {dya.data_ptr(), a.data_ptr(), rank}, dropout, dx);
   }
   void lora_grad_a(const Activation& x, int64_t k, int64_t rank, const Tensor& dya, const Dropout& dropout,
                    Tensor& da) const {
@@ -84,18 +88,6 @@ class Cpu {
   void lora_grad_b(const Activation& dy, int64_t n, int64_t rank, const Tensor& xa, Tensor& db) const {
     cpu::lora_grad_b(dy.dtype, dy.rows, n, rank, dy.data(), xa.data_ptr(), data<float>(db));
   }
-
- private:
-  // The low-rank term of the kernels, and the tensor that its factor may have been cast to.
-  struct Factor {
-    std::optional<Tensor> cast;
-    cpu::LowRank low_rank{};
-    Factor(const LowRankTerm& lora, DType dtype) {
-      if (lora.rank == 0) return;
-      cast = in_dtype(*lora.factor, dtype);
-      low_rank = {lora.left->data_ptr(), cast->data_ptr(), lora.rank};
-    }
-  };
 };
 
 #if PYQUANT_CUDA
@@ -125,38 +117,48 @@ class Cuda {
   void dequantize_4bit(const QuantizedMatrix& weight, DType dtype, Tensor& output) const {
     cuda::dequantize_4bit(weight, dtype, output.data_ptr(), stream_);
   }
-  void linear_4bit(const QuantizedMatrix& weight, const Activation& x, const void* bias, const LowRankTerm& lora,
+  void linear_4bit(const QuantizedMatrix& weight, const Activation& x, const void* bias, const cuda::LowRank& lora,
                    Tensor& y) const {
-    const Factor factor(lora, x.dtype, [&](const cuda::LowRank& low_rank) {
-      return cuda::linear_4bit_reads_float(weight, x.dtype, x.rows, x.data(), low_rank);
-    });
-    const Workspace scratch(y, cuda::linear_4bit_workspace(weight, x.dtype, x.rows, factor.low_rank));
-    cuda::linear_4bit(weight, x.dtype, x.rows, x.data(), bias, factor.low_rank, y.data_ptr(), scratch.data, stream_);
+    const Workspace scratch(y, cuda::linear_4bit_workspace(weight, x.dtype, x.rows, lora));
+    cuda::linear_4bit(weight, x.dtype, x.rows, x.data(), bias, lora, y.data_ptr(), scratch.data, stream_);
   }
-  void linear_4bit_dx(const QuantizedMatrix& weight, const Activation& dy, const LowRankTerm& lora,
+  void linear_4bit_dx(const QuantizedMatrix& weight, const Activation& dy, const cuda::LowRank& lora,
                       const Dropout& dropout, Tensor& dx) const {
-    const Factor factor(lora, dy.dtype, [&](const cuda::LowRank& low_rank) {
-      return cuda::linear_4bit_dx_reads_float(weight, dy.dtype, dy.rows, dy.data(), low_rank);
+    const Workspace scratch(dx, cuda::linear_4bit_dx_workspace(weight, dy.dtype, dy.rows, lora));
+    cuda::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), lora, dropout, dx.data_ptr(), scratch.data, stream_);
+  }
+  // The adapter's product and the linear behind it overlap, so whatever is to be cast is cast before both.
+  void lora_linear_4bit(const QuantizedMatrix& weight, const Activation& x, const void* bias, const Adapter& adapter,
+                        float scaling, const Dropout& dropout, Tensor& xa, Tensor& y) const {
+    const int64_t rank = adapter.rank;
+    cuda::LowRank lora{xa.data_ptr(), adapter.b.data_ptr(), rank, !dropout.active(), false};
+    const Factor a(adapter.a, x.dtype, [&] {
+      return cuda::lora_down_reads_float(weight, x.dtype, x.rows, rank, x.data(), adapter.a.data_ptr(), dropout);
     });
-    const Workspace scratch(dx, cuda::linear_4bit_dx_workspace(weight, dy.dtype, dy.rows, factor.low_rank));
-    cuda::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), factor.low_rank, dropout, dx.data_ptr(), scratch.data,
-                         stream_);
+    const Factor b(adapter.b, x.dtype,
+                   [&] { return cuda::linear_4bit_reads_float(weight, x.dtype, x.rows, x.data(), lora); });
+    lora.factor = b.data(), lora.float_factor = b.is_float;
+    cuda::lora_down(weight, x.dtype, x.rows, rank, x.data(), a.data(), a.is_float, scaling, dropout, xa.data_ptr(),
+                    stream_);
+    linear_4bit(weight, x, bias, lora, y);
   }
-  void lora_down(const QuantizedMatrix& weight, const Activation& x, int64_t rank, const Tensor& a, float scaling,
-                 const Dropout& dropout, Tensor& xa) const {
-    const bool as_float = in_float(a, x.dtype) &&
-                          cuda::lora_down_reads_float(weight, x.dtype, x.rows, rank, x.data(), a.data_ptr(), dropout);
-    const Tensor factor = as_float ? a : in_dtype(a, x.dtype);
-    cuda::lora_down(weight, x.dtype, x.rows, rank, x.data(), factor.data_ptr(), as_float, scaling, dropout,
-                    xa.data_ptr(), stream_);
-  }
-  void lora_dya(const QuantizedMatrix& weight, const Activation& dy, int64_t rank, const Tensor& b, float scaling,
-                bool beside, Tensor& dya) const {
-    const bool as_float =
-        in_float(b, dy.dtype) && cuda::lora_dya_reads_float(weight, dy.dtype, dy.rows, rank, dy.data(), b.data_ptr());
-    const Tensor factor = as_float ? b : in_dtype(b, dy.dtype);
-    cuda::lora_dya(weight, dy.dtype, dy.rows, rank, dy.data(), factor.data_ptr(), as_float, scaling, beside,
-                   dya.data_ptr(), stream_);
+  // dya, and dx if it is wanted.
+  void lora_linear_4bit_dx(const QuantizedMatrix& weight, const Activation& dy, const Adapter& adapter, float scaling,
+                           const Dropout& dropout, bool needs_dx, Tensor& dya, Tensor& dx) const {
+    const int64_t rank = adapter.rank;
+    cuda::LowRank lora{dya.data_ptr(), adapter.a.data_ptr(), rank, !dropout.active(), false};
+    const Factor b(adapter.b, dy.dtype, [&] {
+      return cuda::lora_dya_reads_float(weight, dy.dtype, dy.rows, rank, dy.data(), adapter.b.data_ptr());
+    });
+    std::optional<Factor> a;
+    if (needs_dx) {
+      a.emplace(adapter.a, dy.dtype,
+                [&] { return cuda::linear_4bit_dx_reads_float(weight, dy.dtype, dy.rows, dy.data(), lora); });
+      lora.factor = a->data(), lora.float_factor = a->is_float;
+    }
+    cuda::lora_dya(weight, dy.dtype, dy.rows, rank, dy.data(), b.data(), b.is_float, scaling,
+                   needs_dx && !dropout.active(), dya.data_ptr(), stream_);
+    if (needs_dx) linear_4bit_dx(weight, dy, lora, dropout, dx);
   }
   void lora_grad_a(const Activation& x, int64_t k, int64_t rank, const Tensor& dya, const Dropout& dropout,
                    Tensor& da) const {
@@ -178,24 +180,15 @@ class Cuda {
     return tensor.get_device_index();
   }
 
-  // float32 beside 16-bit activations.
-  static bool in_float(const Tensor& factor, DType dtype) {
-    return dtype != DType::kFloat32 && factor.scalar_type() == ScalarType::Float;
-  }
-
-  // The low-rank term of the kernels, and the tensor that its factor was cast to, unless they read it as it is.
+  // A factor as its kernel takes it: in float32 beside 16-bit activations where the kernel reads that, else cast.
   struct Factor {
-    std::optional<Tensor> cast;
-    cuda::LowRank low_rank{};
+    bool is_float;
+    Tensor values;
     template <typename ReadsFloat>
-    Factor(const LowRankTerm& lora, DType dtype, const ReadsFloat& reads_float) {
-      if (lora.rank == 0) return;
-      low_rank = {lora.left->data_ptr(), lora.factor->data_ptr(), lora.rank, lora.left_beside,
-                  in_float(*lora.factor, dtype)};
-      if (low_rank.float_factor && reads_float(low_rank)) return;
-      cast = in_dtype(*lora.factor, dtype);
-      low_rank.factor = cast->data_ptr(), low_rank.float_factor = false;
-    }
+    Factor(const Tensor& factor, DType dtype, const ReadsFloat& reads_float)
+        : is_float(dtype != DType::kFloat32 && factor.scalar_type() == ScalarType::Float && reads_float()),
+          values(is_float ? factor : in_dtype(factor, dtype)) {}
+    const void* data() const { return values.data_ptr(); }
   };
 
   // Scratch memory from torch's caching allocator: freed when the op returns, reused only by later work on the stream.

@@ -7,13 +7,6 @@
 namespace pyquant::ops {
 namespace {
 
-// In their own dtypes: float32 often, beside 16-bit activations. The products run in the dtype of the activations.
-struct Adapter {
-  Tensor a;  // [r, k]
-  Tensor b;  // [n, r]
-  int64_t rank;
-};
-
 Adapter check_adapter(const char* op, const Activation& x, const char* name, const Tensor& lora_a, const Tensor& lora_b,
                       int64_t n, int64_t k) {
   check_device(lora_a, x.tensor, op, "lora_A", name);
@@ -44,9 +37,8 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(Tensor x, Tensor packed, Tensor absm
   Tensor xa = torch::stable::new_empty(input.tensor, {input.rows, adapter.rank});
   Tensor y = new_like(input, n);
   if (input.rows > 0) {
-    backend.lora_down(weight.view, input, adapter.rank, adapter.a, static_cast<float>(scaling), mask, xa);
-    backend.linear_4bit(weight.view, input, bias_values ? bias_values->data_ptr() : nullptr,
-                        {&xa, &adapter.b, adapter.rank, !mask.active()}, y);
+    backend.lora_linear_4bit(weight.view, input, bias_values ? bias_values->data_ptr() : nullptr, adapter,
+                             static_cast<float>(scaling), mask, xa, y);
   }
   return {y, xa};
 }
@@ -81,11 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(Tensor dy, Tensor x
   Tensor da = torch::stable::new_empty(x, {adapter.rank, k}, ScalarType::Float);
   Tensor db = torch::stable::new_empty(x, {n, adapter.rank}, ScalarType::Float);
   Tensor dya = torch::stable::new_empty(input.tensor, {input.rows, adapter.rank});
-  backend.lora_dya(weight.view, gradient, adapter.rank, adapter.b, static_cast<float>(scaling),
-                   needs_dx && !mask.active(), dya);
-  if (needs_dx) {
-    backend.linear_4bit_dx(weight.view, gradient, {&dya, &adapter.a, adapter.rank, !mask.active()}, mask, dx);
-  }
+  backend.lora_linear_4bit_dx(weight.view, gradient, adapter, static_cast<float>(scaling), mask, needs_dx, dya, dx);
   backend.lora_grad_a(input, k, adapter.rank, dya, mask, da);
   backend.lora_grad_b(gradient, n, adapter.rank, xa_values, db);
   return {dx, da, db};

@@ -527,6 +527,58 @@ def test_float32_factors_give_the_bits_of_rounded_ones(monkeypatch, plan, rows, 
         assert torch.equal(of_floats, of_rounded)
 
 
+def misaligned(factor, elements):
+    """The same values, that many elements behind an aligned address."""
+    storage = torch.empty(elements + factor.numel(), dtype=factor.dtype, device=factor.device)
+    return storage[elements:].view(factor.shape).copy_(factor)
+
+
+# Tiles in one part and in two, a cluster, a tail along k, several steps of ranks, and ranks and shapes for which the
+# kernel that is asked for is not legal.
+@pytest.mark.parametrize(
+    ("n", "k", "rank"),
+    [(256, 512, 16), (256, 8192, 16), (256, 12288, 2), (256, 4224, 136), (256, 512, 264), (256, 512, 7), (123, 77, 5)],
+)
+@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize("plan", ["stream", "few_rows"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_few_rows_read_float32_factors_as_if_rounded(monkeypatch, dtype, plan, rows, n, k, rank):
+    monkeypatch.setenv("PYQUANT_KERNEL", plan)
+    weight, _ = quantized(n, k, device="cuda")
+    factors = adapter(n, k, rank, torch.float32, "cuda")
+    x = torch.randn(rows, k, device="cuda").to(dtype)
+
+    def run(lora_A, lora_B):
+        return ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 0.5, 0.0, None)
+
+    y, xa = run(*(factor.to(dtype) for factor in factors))
+    for elements in (0, 1, 2):
+        of_floats = run(*(misaligned(factor, elements) for factor in factors))
+        assert torch.equal(of_floats[0], y), f"y, {elements} elements off"
+        assert torch.equal(of_floats[1], xa), f"xa, {elements} elements off"
+
+
+# What linear_few_rows does not read in float32 is cast in a launch of its own.
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize(("plan", "launches"), [("stream", 2), ("few_rows", 3)])
+def test_no_cast_lies_between_the_product_and_the_linear(monkeypatch, plan, launches, rows):
+    monkeypatch.setenv("PYQUANT_KERNEL", plan)
+    n, k = 256, 512
+    weight, _ = quantized(n, k, device="cuda")
+    x = torch.randn(rows, k, device="cuda").bfloat16()
+    factors = adapter(n, k, 16, torch.float32, "cuda")
+    ops.lora_linear_4bit(x, *weight, None, *factors, 0.5, 0.0, None)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ops.lora_linear_4bit(x, *weight, None, *factors, 0.5, 0.0, None)
+        torch.cuda.synchronize()
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event.name for event in sorted(events, key=lambda event: event.time_range.start)]
+    assert len(kernels) == launches, kernels
+    assert "lora_down" in kernels[-2], kernels
+    assert f"linear_{plan}" in kernels[-1], kernels
+
+
 @pytest.mark.parametrize("rank", [8, 16, 40, 64, 136, 12])
 @pytest.mark.parametrize("rows", [64, 200, 1024])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])

@@ -50,8 +50,9 @@ LinearProblem problem_of(LinearDirection direction, const QuantizedMatrix& weigh
 
 bool reads_float(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, const void* input,
                  const LowRank& lora) {
-  return m > 0 && lora.rank > 0 &&
-         plan_linear(problem_of(direction, weight, dtype, m, input, lora)).kernel == LinearKernel::kWgmma;
+  if (m <= 0 || lora.rank <= 0) return false;
+  const LinearKernel kernel = plan_linear(problem_of(direction, weight, dtype, m, input, lora)).kernel;
+  return kernel == LinearKernel::kStream || kernel == LinearKernel::kWgmma;
 }
 
 void run(LinearDirection direction, const LinearArguments& arguments, cudaStream_t stream) {

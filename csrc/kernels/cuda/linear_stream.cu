@@ -58,8 +58,14 @@ struct Low {
   uint64_t free[kSlots];  // the inboxes of the cluster have been read; the last of twelve in a row
 };
 constexpr int kLowBytes = (sizeof(Low) + 1023) / 1024 * 1024;
-constexpr int kMaxParked = 3;  // chunks
-constexpr int kSharedBytes = 2 * kTableBytes + (kStages - 1) * kStageBytes + kMaxParked * 2 * kThreads * sizeof(uint4);
+// With 16 rows and the low-rank term, or two parts, the registers do not suffice: x of the last rows in that many of
+// the last chunks lies in shared memory.
+template <int kTokenTiles, int kParts, bool kLora>
+constexpr int kParked = kParts == 2 ? 2 + kLora : (kLora && kTokenTiles == 2 ? 1 : 0);
+// No more than an instantiation uses: the rest is its L1 cache.
+template <int kTokenTiles, int kParts, bool kLora>
+constexpr int kSharedBytes = 2 * kTableBytes + (kStages - 1) * kStageBytes +
+                             kParked<kTokenTiles, kParts, kLora> * 2 * kThreads * static_cast<int>(sizeof(uint4));
 static_assert(kLowBytes + 1024 <= kTableBytes, "below the first multiple of 64 KB but for the runtime's own 1 KB");
 
 // The row, of the upper 8 of a tile, that lanes 4g … 4g + 3 hold: such that the 8-byte reads of half a warp from rows
@@ -141,13 +147,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   // absmax of a part: lane l loads those of chunks 2 (l % 2) and the next in row l / 2, and decodes them a part later.
   // Beyond the ends of W the last ones are read: no product with them reaches y.
   const auto chunk_pair = [&](int j) { return first_chunk + j % kParts * kChunks + lane % 2 * 2; };
+  const bool first_inside = chunk_pair(0) < p.chunks;  // kept where there are registers for it
+  const auto inside = [&](int j) { return kParts == 1 ? first_inside : chunk_pair(j) < p.chunks; };
   const int block_shift = weight.blocksize_log2 - 6;
   struct {
     uint32_t raw[2];
     float nested;
   } absmax;
   const auto load_scales = [&](int j) {
-    const int at = chunk_pair(j) < p.chunks ? chunk_pair(j) : 0;
+    const int at = inside(j) ? chunk_pair(j) : 0;
     const int block = ((cluster + j / kParts * p.clusters) * kRows + lane / 2) * p.chunks + at;
     const int first = block >> block_shift, second = (block + 1) >> block_shift;
     if (nested) {
@@ -199,10 +207,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
 
-  // With 16 rows and the low-rank term, or two parts, the registers do not suffice: x of the last chunks, and of the
-  // last rows, lies in shared memory.
-  constexpr int kParked = kParts == 2 ? 2 + kLora : kLora && kTokenTiles == 2 ? 1 : 0;
-  constexpr int kFirstParked = kParts * kChunks - kParked;
+  constexpr int kFirstParked = kParts * kChunks - kParked<kTokenTiles, kParts, kLora>;
   uint4* parked = reinterpret_cast<uint4*>(table + kTableBytes + (kStages - 1) * kStageBytes) + threadIdx.x;
   static_assert(kParts * kTokenTiles <= 2);
   uint32_t x[kParts * kChunks][kTokenTiles][8];
@@ -279,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       decoded.x = __fadd_rn(__fmul_rn(low.nested_code[absmax.raw[0]], absmax.nested), low.offset);
       decoded.y = __fadd_rn(__fmul_rn(low.nested_code[absmax.raw[1]], absmax.nested), low.offset);
     }
-    if (chunk_pair(j) >= p.chunks) decoded = make_float2(0.0f, 0.0f);
+    if (!inside(j)) decoded = make_float2(0.0f, 0.0f);
     reinterpret_cast<float2*>(low.scale[j & 1][warp])[lane] = decoded;
     if (j + 1 < tiles * kParts) load_scales(j + 1);
   };
@@ -345,29 +350,43 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
         }
         __syncwarp();  // every lane has read its bytes
-        if (part == 0 && warp == i % kWarps && i + 1 + kAhead < tiles) prefetch_scales(i + 1 + kAhead);
+        // Whether kParts is 1 is known before the loop is unrolled, which `part` is not.
+        const bool first_part = kParts == 1 || part == 0;
+        if (first_part && warp == i % kWarps && i + 1 + kAhead < tiles) prefetch_scales(i + 1 + kAhead);
         if (lane == 0) request(j + kStages);
       }
     }
 
     if constexpr (kLora) {
-      // The low-rank term is sixteen k more for some of the warps. The rank is even.
+      // The low-rank term is sixteen k more for some of the warps. The rank is even: a pair is one word, or of float32
+      // two. Those are rounded once all are here, lest a load wait for the one before.
       const int lora_rank = static_cast<int>(p.lora.rank);
-      const auto pair = [&](const void* matrix, int at_row, int r) {
-        return r < lora_rank
-                   ? *reinterpret_cast<const uint32_t*>(static_cast<const T*>(matrix) + int64_t{at_row} * lora_rank + r)
-                   : 0u;
+      const bool float_factor = p.lora.float_factor;
+      const auto load = [&](const void* matrix, bool is_float, int at_row, int r) {
+        const int64_t at = (int64_t{at_row} * lora_rank + r) * (is_float ? 4 : 2);
+        const auto* words = reinterpret_cast<const uint32_t*>(static_cast<const unsigned char*>(matrix) + at);
+        return uint2{r < lora_rank ? words[0] : 0, r < lora_rank && is_float ? words[1] : 0};
       };
 #pragma unroll 1
       for (int r = (rank * kWarps + warp) * 16 + 2 * t; r - 2 * t < lora_rank; r += cluster_size * kWarps * 16) {
         const int upper = (cluster + i * p.clusters) * kRows + row;
-        ptx::FragA a{{pair(p.lora.factor, upper, r), pair(p.lora.factor, upper + 8, r),
-                      pair(p.lora.factor, upper, r + 8), pair(p.lora.factor, upper + 8, r + 8)}};
+        uint2 factor[4];
+#pragma unroll
+        for (int v = 0; v < 4; ++v) factor[v] = load(p.lora.factor, float_factor, upper + v % 2 * 8, r + v / 2 * 8);
+        ptx::FragB left[kTokenTiles];
 #pragma unroll
         for (int u = 0; u < kTokenTiles; ++u) {
           const int token = min(8 * u + g, p.m - 1);
-          ptx::mma<T>(sum[u], a, {{pair(p.lora.left, token, r), pair(p.lora.left, token, r + 8)}});
+          left[u] = {{load(p.lora.left, false, token, r).x, load(p.lora.left, false, token, r + 8).x}};
         }
+        ptx::FragA a;
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          a.reg[v] = factor[v].x;
+          if (float_factor) a.reg[v] = pack_pair<T>(__uint_as_float(factor[v].x), __uint_as_float(factor[v].y));
+        }
+#pragma unroll
+        for (int u = 0; u < kTokenTiles; ++u) ptx::mma<T>(sum[u], a, left[u]);
       }
     }
 
@@ -392,6 +411,18 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
+template <typename T, int kTokenTiles, int kParts, bool kLora>
+void launch_stream(const std::string& problem, const CUtensorMap& map, Parameters<T> p, cudaStream_t stream) {
+  const auto kernel = linear_stream_kernel<T, kTokenTiles, kParts, kLora>;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  constexpr int kBytes = kSharedBytes<kTokenTiles, kParts, kLora>;
+  allow_shared_memory(function, "linear_stream", kBytes);
+  Launch launch{1, kThreads, kBytes, stream, static_cast<unsigned>(p.cluster_size), true};
+  p.clusters = std::min(p.tiles, resident_clusters(function, launch));
+  launch.grid = static_cast<unsigned>(p.clusters * p.cluster_size);
+  launch_kernel("linear_stream", problem, launch, kernel, map, p);
+}
+
 }  // namespace
 
 void linear_stream(const LinearArguments& arguments, const LinearPlan& plan, cudaStream_t stream) {
@@ -414,22 +445,11 @@ void linear_stream(const LinearArguments& arguments, const LinearPlan& plan, cud
     p.y = static_cast<T*>(arguments.output);
     const CUtensorMap map = make_tensor_map(matrix.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, matrix.n, matrix.k / 2,
                                             matrix.k / 2, kRows, kTileRowBytes, CU_TENSOR_MAP_SWIZZLE_128B);
-    const auto launch = [&](auto* kernel) {
-      const void* function = reinterpret_cast<const void*>(kernel);
-      allow_shared_memory(function, "linear_stream", kSharedBytes);
-      Launch shape{1, kThreads, kSharedBytes, stream, static_cast<unsigned>(plan.split), true};
-      p.clusters = std::min(p.tiles, resident_clusters(function, shape));
-      shape.grid = static_cast<unsigned>(p.clusters * plan.split);
-      launch_kernel("linear_stream", problem, shape, kernel, map, p);
-    };
     const bool lora = arguments.lora.rank > 0;
-    if (arguments.m > 8) {
-      lora ? launch(linear_stream_kernel<T, 2, 1, true>) : launch(linear_stream_kernel<T, 2, 1, false>);
-    } else if (parts == 1) {
-      lora ? launch(linear_stream_kernel<T, 1, 1, true>) : launch(linear_stream_kernel<T, 1, 1, false>);
-    } else {
-      lora ? launch(linear_stream_kernel<T, 1, 2, true>) : launch(linear_stream_kernel<T, 1, 2, false>);
-    }
+    const auto launch = arguments.m > 8 ? (lora ? launch_stream<T, 2, 1, true> : launch_stream<T, 2, 1, false>)
+                        : parts == 1    ? (lora ? launch_stream<T, 1, 1, true> : launch_stream<T, 1, 1, false>)
+                                        : (lora ? launch_stream<T, 1, 2, true> : launch_stream<T, 1, 2, false>);
+    launch(problem, map, p, stream);
   });
 }
 

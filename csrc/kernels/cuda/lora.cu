@@ -328,36 +328,66 @@ __device__ const T* row_of(const Dense<T>& matrix, int64_t row) {
   return matrix.data + min(row, matrix.rows - 1) * matrix.columns;
 }
 
+// The same for several times 16 bytes, which aligned rows hold multiples of.
+template <bool kVector, typename T, int kWords>
+__device__ void load_words(const T* row, int64_t k, int64_t columns, uint4 (&words)[kWords]) {
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    if constexpr (kVector) {
+      words[w] = reinterpret_cast<const uint4*>(row + (k < columns ? k : 0))[w];
+    } else {
+      words[w] = load_16<kVector>(row, k + w * (16 / static_cast<int>(sizeof(T))), columns);
+    }
+  }
+}
+
+// Eight elements of the 16-bit type T, of which a float32 factor's are rounded.
+template <typename T>
+__device__ uint4 eight_of(const uint4 (&words)[1]) {
+  return words[0];
+}
+template <typename T>
+__device__ uint4 eight_of(const uint4 (&words)[2]) {
+  const auto pair = [](uint32_t first, uint32_t second) {
+    return pack_pair<T>(__uint_as_float(first), __uint_as_float(second));
+  };
+  return make_uint4(pair(words[0].x, words[0].y), pair(words[0].z, words[0].w), pair(words[1].x, words[1].y),
+                    pair(words[1].z, words[1].w));
+}
+
 // The sums of a warp's share of k, [row][rank], to shared memory. Tensor cores: each warp takes 32 of a step, a lane 8
-// consecutive elements of a row, which are k in another order than the operands' but the same one in both.
-template <typename T, bool kVector>
+// consecutive elements of a row, which are k in another order than the operands' but the same one in both. A: T or
+// float.
+template <typename T, typename A, bool kVector>
 struct FewRows {
   static constexpr int kGroups = kFewWarps;  // warps with different k
-  static __device__ void multiply(const Dense<T>& x, const Dense<T>& a, int64_t rank0, int64_t first, int64_t stride,
+  static __device__ void multiply(const Dense<T>& x, const Dense<A>& a, int64_t rank0, int64_t first, int64_t stride,
                                   float (*sums)[kFewOutputs]) {
     constexpr int kInFlight = kVector ? 4 : 1;
+    constexpr int kFactorWords = sizeof(A) / sizeof(T);  // of 16 bytes, to eight elements
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 8;
     const T* x_low = row_of(x, row);
     const T* x_high = row_of(x, row + 8);
-    const T* a_row = row_of(a, rank0 + row);
+    const A* a_row = row_of(a, rank0 + row);
     const bool both = x.rows > 8;
     ptx::FragC sum = {};
 #pragma unroll 1
     for (int64_t k0 = first + 32 * warp; k0 < x.columns; k0 += kInFlight * stride) {
-      uint4 low[kInFlight], high[kInFlight], factor[kInFlight];
+      uint4 low[kInFlight], high[kInFlight], factor[kInFlight][kFactorWords];
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         const int64_t k = k0 + i * stride + column;
         low[i] = load_16<kVector>(x_low, k, x.columns);
-        factor[i] = load_16<kVector>(a_row, k, x.columns);
+        load_words<kVector>(a_row, k, x.columns, factor[i]);
         high[i] = both ? load_16<kVector>(x_high, k, x.columns) : low[i];
       }
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         const bool inside = k0 + i * stride + column < x.columns;
-        zero_unless(inside, low[i]), zero_unless(inside, high[i]), zero_unless(inside, factor[i]);
-        ptx::mma<T>(sum, {{low[i].x, high[i].x, low[i].y, high[i].y}}, {{factor[i].x, factor[i].y}});
-        ptx::mma<T>(sum, {{low[i].z, high[i].z, low[i].w, high[i].w}}, {{factor[i].z, factor[i].w}});
+        uint4 of_a = eight_of<T>(factor[i]);
+        zero_unless(inside, low[i]), zero_unless(inside, high[i]), zero_unless(inside, of_a);
+        ptx::mma<T>(sum, {{low[i].x, high[i].x, low[i].y, high[i].y}}, {{of_a.x, of_a.y}});
+        ptx::mma<T>(sum, {{low[i].z, high[i].z, low[i].w, high[i].w}}, {{of_a.z, of_a.w}});
       }
     }
     float* output = sums[warp] + row * kFewRanks + lane % 4 * 2;
@@ -368,7 +398,7 @@ struct FewRows {
 
 // float32: a warp takes 4 of the rows and 128 of a step, a lane 4 consecutive elements.
 template <bool kVector>
-struct FewRows<float, kVector> {
+struct FewRows<float, float, kVector> {
   static constexpr int kGroups = 4;
   static __device__ void multiply(const Dense<float>& x, const Dense<float>& a, int64_t rank0, int64_t first,
                                   int64_t stride, float (*sums)[kFewOutputs]) {
@@ -410,11 +440,11 @@ struct FewRows<float, kVector> {
   }
 };
 
-template <typename T, bool kVector>
+template <typename T, typename A, bool kVector>
 __global__ void __launch_bounds__(kFewThreads, 1)
-    lora_down_few_rows_kernel(const __grid_constant__ Dense<T> x, const __grid_constant__ Dense<T> a, float scaling,
+    lora_down_few_rows_kernel(const __grid_constant__ Dense<T> x, const __grid_constant__ Dense<A> a, float scaling,
                               T* xa) {
-  using Product = FewRows<T, kVector>;
+  using Product = FewRows<T, A, kVector>;
   __shared__ alignas(16) float sums[Product::kGroups][kFewOutputs];
   __shared__ float parts[kLargestCluster][kFewOutputs];  // the first block's: what each block sent
   __shared__ alignas(8) uint64_t parts_barrier;
@@ -444,10 +474,11 @@ __global__ void __launch_bounds__(kFewThreads, 1)
   if (row < x.rows && rank < a.rows) xa[row * a.rows + rank] = from_float<T>(sum * scaling);
 }
 
-template <typename T>
-void lora_down_few_rows(const std::string& problem, const Dense<T>& x, const Dense<T>& a, float scaling, T* xa,
+template <typename T, typename A>
+void lora_down_few_rows(const std::string& problem, const Dense<T>& x, const Dense<A>& a, float scaling, T* xa,
                         cudaStream_t stream) {
-  const auto kernel = x.vector && a.vector ? lora_down_few_rows_kernel<T, true> : lora_down_few_rows_kernel<T, false>;
+  const auto kernel =
+      x.vector && a.vector ? lora_down_few_rows_kernel<T, A, true> : lora_down_few_rows_kernel<T, A, false>;
   const int64_t tiles = ceil_div(a.rows, kFewRanks);
   unsigned cluster = 1;
   if (has_sm_90_code(reinterpret_cast<const void*>(kernel))) {
@@ -516,7 +547,8 @@ void lora_grad(const char* name, DType dtype, int64_t m, int64_t columns, int64_
 
 bool lora_down_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x,
                            const void* a, const Dropout& dropout) {
-  return m > kFewRows && !dropout.active() &&
+  if (dtype == DType::kFloat32 || dropout.active()) return false;
+  return m <= kFewRows ||
          lora_wgmma_legal(dtype, false, false, {x, a, weight.k, {nullptr, false, m, rank, rank, 1, 1.0f}, true});
 }
 
@@ -535,8 +567,10 @@ void lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t ra
   if (m <= kFewRows && !dropout.active()) {
     with_element_type(dtype, [&](auto element) {
       using T = decltype(element);
-      lora_down_few_rows(problem, make_dense<T>(x, m, k), make_dense<T>(a, rank, k), scaling, static_cast<T*>(xa),
-                         stream);
+      const auto launch = [&](const auto& factor) {
+        lora_down_few_rows(problem, make_dense<T>(x, m, k), factor, scaling, static_cast<T*>(xa), stream);
+      };
+      float_a ? launch(make_dense<float>(a, rank, k)) : launch(make_dense<T>(a, rank, k));
     });
     return;
   }
