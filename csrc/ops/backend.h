@@ -138,8 +138,8 @@ class Cuda {
     const Factor b(adapter.b, x.dtype,
                    [&] { return cuda::linear_4bit_reads_float(weight, x.dtype, x.rows, x.data(), lora); });
     lora.factor = b.data(), lora.float_factor = b.is_float;
-    cuda::lora_down(weight, x.dtype, x.rows, rank, x.data(), a.data(), a.is_float, scaling, dropout, xa.data_ptr(),
-                    stream_);
+    lora.begun = cuda::lora_down(weight, x.dtype, x.rows, rank, x.data(), a.data(), a.is_float, scaling, dropout,
+                                 xa.data_ptr(), stream_);
     linear_4bit(weight, x, bias, lora, y);
   }
   // dya, and dx if it is wanted.
@@ -156,8 +156,8 @@ class Cuda {
                 [&] { return cuda::linear_4bit_dx_reads_float(weight, dy.dtype, dy.rows, dy.data(), lora); });
       lora.factor = a->data(), lora.float_factor = a->is_float;
     }
-    cuda::lora_dya(weight, dy.dtype, dy.rows, rank, dy.data(), b.data(), b.is_float, scaling,
-                   needs_dx && !dropout.active(), dya.data_ptr(), stream_);
+    lora.begun = cuda::lora_dya(weight, dy.dtype, dy.rows, rank, dy.data(), b.data(), b.is_float, scaling,
+                                needs_dx && !dropout.active(), dya.data_ptr(), stream_);
     if (needs_dx) linear_4bit_dx(weight, dy, lora, dropout, dx);
   }
   void lora_grad_a(const Activation& x, int64_t k, int64_t rank, const Tensor& dya, const Dropout& dropout,

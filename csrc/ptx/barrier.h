@@ -76,4 +76,14 @@ __device__ inline bool test_barrier(uint32_t barrier, uint32_t parity) {
   return done != 0;
 }
 
+// Words in global memory between kernels that run at the same time.
+__device__ inline void store_word(uint32_t* word, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+__device__ inline uint32_t load_acquire(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+
 }  // namespace pyquant::ptx

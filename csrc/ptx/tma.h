@@ -50,6 +50,9 @@ __device__ inline void store_tile(const void* tensor_map, int column, int row, u
 
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// What this thread knows to be written to global memory is seen by the copies it starts from now on.
+__device__ inline void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // Waits until all but kPending of the thread's stores have read their source.
 template <int kPending>
 __device__ inline void wait_stores_read() {

@@ -2,6 +2,8 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import itertools
+
 import pytest
 import reference
 import torch
@@ -448,30 +450,65 @@ def check_adapted(x, y, exact, lora_A, lora_B, forward, bias=None):
 @pytest.mark.parametrize("rank", [16, 64])
 @pytest.mark.parametrize("direction", ["forward", "dx"])
 def test_a_linear_waits_for_the_product_that_runs_beside_it(monkeypatch, rank, direction):
-    """Launches are queued, so that each kernel starts as early as it may, and what it must not read yet is NaN."""
-    rows, n, k = 1024, 4096, 4096
-    force(monkeypatch, "wgmma:256:1:256", rows, n, k, rank, direction)
-    forward = direction == "forward"
+    """A product by few blocks ends behind all but the last step of small tiles; what the linear must not read is NaN."""
+    rows, n, k = (1024, 512, 4096) if direction == "forward" else (1024, 4096, 512)
+    force(monkeypatch, "wgmma:64:1:256", rows, n, k, rank, direction)
     weight, exact = quantized(n, k, device="cuda")
     exact = exact.cuda()
     lora_A, lora_B = adapter(n, k, rank, torch.bfloat16, "cuda")
-    sources = [torch.randn(rows, k, device="cuda") for _ in range(4)]
-    other, no_xa = (torch.randn(rows, size, device="cuda").bfloat16() for size in (k, rank))
-    inputs = [torch.full_like(other, float("nan")) for _ in sources]
-    outputs = []
-    torch.cuda.synchronize()
-    torch.cuda._sleep(50_000_000)
-    for source, x in zip(sources, inputs, strict=True):
-        # The block that the op gets for its product.
-        torch.full((rows, rank), float("nan"), device="cuda", dtype=torch.bfloat16)
-        x.copy_(source)
-        if forward:
-            outputs.append(ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 0.5, 0.0, None)[0])
-        else:
-            backward = (x, other, no_xa, *weight, lora_A, lora_B, 0.5, 0.0, None, True)
-            outputs.append(ops.lora_linear_4bit_backward(*backward)[0])
-    for x, y in zip(inputs, outputs, strict=True):
-        check_adapted(x, y, exact, lora_A, lora_B, forward)
+    x, other = (torch.randn(rows, size, device="cuda").bfloat16() for size in ((k, n) if k > n else (n, k)))
+    no_xa = torch.randn(rows, rank, device="cuda").bfloat16()
+
+    def run():
+        torch.full((rows, rank), float("nan"), device="cuda", dtype=torch.bfloat16)  # the block that the product gets
+        if direction == "forward":
+            return ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 0.5, 0.0, None)[0]
+        return ops.lora_linear_4bit_backward(x, other, no_xa, *weight, lora_A, lora_B, 0.5, 0.0, None, True)[0]
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [run() for _ in range(4)]
+    for _ in range(3):
+        x.copy_(torch.randn(x.shape, device="cuda"))
+        graph.replay()
+        for y in outputs:
+            check_adapted(x, y, exact, lora_A, lora_B, direction == "forward")
+
+
+@pytest.mark.parametrize("direction", ["forward", "dx"])
+def test_a_linear_beside_its_product_waits_for_the_kernels_before(monkeypatch, direction):
+    """Each of some layers writes over NaN what the next one reads, and lets the kernels behind it start early."""
+    rows, size, rank = 1024, 1024, 16
+    force(monkeypatch, "wgmma:256:1:256", rows, size, size, rank, direction)
+    weight, exact = quantized(size, size, device="cuda")
+    exact = exact.cuda()
+    lora_A, lora_B = adapter(size, size, rank, torch.bfloat16, "cuda")
+    x, other = (torch.randn(rows, size, device="cuda").bfloat16() for _ in range(2))
+    no_xa = torch.randn(rows, rank, device="cuda").bfloat16()
+
+    def layers():
+        chain = [x]
+        for _ in range(6):
+            if direction == "forward":
+                y = ops.lora_linear_4bit(chain[-1], *weight, None, lora_A, lora_B, 0.5, 0.0, None)[0]
+            else:
+                backward = (chain[-1], other, no_xa, *weight, lora_A, lora_B, 0.5, 0.0, None, True)
+                y = ops.lora_linear_4bit_backward(*backward)[0]
+            chain.append(y)
+        return chain
+
+    layers()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain = layers()
+    for _ in range(3):
+        x.copy_(torch.randn(x.shape, device="cuda"))
+        for y in chain[1:]:
+            y.fill_(float("nan"))
+        graph.replay()
+        for before, after in itertools.pairwise(chain):
+            check_adapted(before, after, exact, lora_A, lora_B, direction == "forward")
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float16, torch.float32], ids=["float16", "float32"])

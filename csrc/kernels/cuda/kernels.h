@@ -20,6 +20,9 @@ struct LowRank {
   // at the same time, as plan_lora_linear says to both.
   bool left_beside;
   bool float_factor;  // the factor is float32 beside 16-bit activations: where ..._reads_float
+  // What that launch returned: a word on the device, not 0 once all kernels before it have ended. Null where it lets the
+  // linear start only then.
+  const uint32_t* begun = nullptr;
 };
 
 // packed[ceil(numel / 2)], absmax[ceil(numel / blocksize)]. A block that holds a NaN or an infinity gets a non-finite
@@ -49,19 +52,20 @@ void linear_4bit_dx(const QuantizedMatrix& weight, DType dtype, int64_t m, const
                     const Dropout& dropout, void* dx, void* workspace, cudaStream_t stream);
 
 // xa[m, r] = scaling · dropout(x[m, k]) · a[r, k]ᵀ. The next launch on the stream is to be linear_4bit with that weight
-// and adapter, which may run at the same time.
+// and adapter, which may run at the same time. Returns LowRank::begun.
 // `float_a`: a is float32 beside 16-bit activations, where lora_down_reads_float.
 bool lora_down_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x,
                            const void* a, const Dropout& dropout);
-void lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x, const void* a,
-               bool float_a, float scaling, const Dropout& dropout, void* xa, cudaStream_t stream);
+const uint32_t* lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x,
+                          const void* a, bool float_a, float scaling, const Dropout& dropout, void* xa,
+                          cudaStream_t stream);
 
 // dya[m, r] = scaling · dy[m, n] · b[n, r]. `beside`: the next launch is linear_4bit_dx with that weight and adapter,
-// without dropout.
+// without dropout. Returns LowRank::begun.
 bool lora_dya_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy,
                           const void* b);
-void lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy, const void* b,
-              bool float_b, float scaling, bool beside, void* dya, cudaStream_t stream);
+const uint32_t* lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy,
+                         const void* b, bool float_b, float scaling, bool beside, void* dya, cudaStream_t stream);
 
 // da[r, k] = dya[m, r]ᵀ · dropout(x[m, k]), in float32. Deterministic: partial sums over m go through `workspace`.
 // db[n, r] = dy[m, n]ᵀ · xa[m, r], in float32, likewise. `columns` is k for da and n for db. lora_grad_b is to be

@@ -13,8 +13,6 @@
 namespace pyquant::cuda {
 namespace {
 
-constexpr int kMaxDevices = 64;
-
 void check(cudaError_t error, const std::string& what) {
   if (error != cudaSuccess) throw std::runtime_error("pyquant: " + what + ": " + cudaGetErrorString(error));
 }

@@ -9,6 +9,8 @@
 
 namespace pyquant::cuda {
 
+constexpr int kMaxDevices = 64;
+
 struct Device {
   int index;
   int arch;  // 10 · major + minor

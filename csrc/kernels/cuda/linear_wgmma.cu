@@ -95,10 +95,12 @@ struct Parameters {
   int whole, rounds, split, skipped;
   int first_step[9];  // of the parts of a shared tile
   bool share;
-  // The previous kernel, still running, writes `left` and nothing else that this one touches, and let this one start
-  // only when all before it had ended. So only `left` is waited for; activations, factor and bias, which kernels before
-  // that may have written, are read from L2, where what they wrote is.
+  // The previous kernel, still running, writes `left` and nothing else that this one touches. That it has ended is
+  // waited for before `left` is read and the output written. Activations, factor and bias may come from kernels before
+  // it: they are read once it says that those have ended (`begun`; null: it let this kernel start only then), and from
+  // L2, where what they wrote is.
   bool beside;
+  const uint32_t* begun;
   bool quick;  // blocks of 64, double quantization, codes in whole words
 };
 
@@ -435,6 +437,10 @@ __global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(co
       bool waited = !p.beside;
       if (waited) ptx::wait_for_previous_kernel(), ptx::let_next_kernel_start();
       if (lane == 0) {
+        if (p.begun != nullptr) {
+          while (ptx::load_acquire(p.begun) == 0) continue;
+          ptx::fence_async_proxy_global();
+        }
         Ring<L::kStages> ring;
         for (;;) {
           put_work(window, turn, work);
@@ -722,6 +728,7 @@ __global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(co
   start();
   // Where registers allow it, a late step's factor waits in them.
   constexpr bool kFactorWaits = kForward || kTokens < 256;
+  if (p.begun != nullptr) ptx::wait_barrier(full(ring.stage), ring.phase);  // activations have come, so it has begun
   if (work.lora_steps > 0 && (kFactorWaits || !late_low_rank(p, turn))) load_factor(work.row0, 0);
   for (;;) {
     const bool more_work = kTeams == 1 && kept(has_work(p, turn + 1)) != 0;
@@ -991,6 +998,7 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   p.share = plan.split == 1 && plan.share;
   if (p.share) p.tiles_w = (p.tiles_w + 1) / 2;
   p.beside = plan.beside > 0;
+  p.begun = p.beside ? arguments.lora.begun : nullptr;
   p.skipped = static_cast<int>(plan.blocks_beside(arguments.m, rank));  // where there is no room for them
   p.input = make_tensor_map(arguments.input, kElement, arguments.m, reduction, reduction * 2,
                             p.share ? kTokens / 2 : kTokens, kStep, CU_TENSOR_MAP_SWIZZLE_128B);

@@ -558,10 +558,11 @@ bool lora_dya_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m,
          lora_wgmma_legal(dtype, false, true, {dy, b, weight.n, {nullptr, false, m, rank, rank, 1, 1.0f}, true});
 }
 
-void lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x, const void* a,
-               bool float_a, float scaling, const Dropout& dropout, void* xa, cudaStream_t stream) {
+const uint32_t* lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x,
+                          const void* a, bool float_a, float scaling, const Dropout& dropout, void* xa,
+                          cudaStream_t stream) {
   const int64_t k = weight.k;
-  if (m <= 0 || rank <= 0) return;
+  if (m <= 0 || rank <= 0) return nullptr;
   const std::string problem =
       "of " + std::to_string(m) + " rows, " + std::to_string(k) + " columns and rank " + std::to_string(rank);
   if (m <= kFewRows && !dropout.active()) {
@@ -572,31 +573,32 @@ void lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t ra
       };
       float_a ? launch(make_dense<float>(a, rank, k)) : launch(make_dense<T>(a, rank, k));
     });
-    return;
+    return nullptr;
   }
   const float alpha = dropout.active() ? scaling * dropout.scale : scaling;
   const Output output{{xa, false, m, rank, rank, 1, alpha}, nullptr};
   if (!dropout.active()) {
     const LinearPlan plan = plan_lora_linear(LinearDirection::kForward, weight, dtype, m, rank);
     const SkinnyProblem skinny{x, a, k, output, float_a, false, plan.beside, plan.cluster()};
-    if (lora_wgmma("lora_down", problem, dtype, false, false, skinny, stream)) return;
+    if (const auto begun = lora_wgmma("lora_down", problem, dtype, false, false, skinny, stream)) return *begun;
   }
   if (dtype == DType::kFloat32) {
     skinny_simt("lora_down", problem, {static_cast<const float*>(x), m, k, 1},
                 {static_cast<const float*>(a), rank, k, 1}, k, dropout, output, 1, stream);
-    return;
+    return nullptr;
   }
   with_half_type(dtype, [&](auto element) {
     using T = decltype(element);
     skinny_mma<T, false, false>("lora_down", problem, make_dense<T>(x, m, k), make_dense<T>(a, rank, k), dropout,
                                 output, 1, stream);
   });
+  return nullptr;
 }
 
-void lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy, const void* b,
-              bool float_b, float scaling, bool beside, void* dya, cudaStream_t stream) {
+const uint32_t* lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy,
+                         const void* b, bool float_b, float scaling, bool beside, void* dya, cudaStream_t stream) {
   const int64_t n = weight.n;
-  if (m <= 0 || rank <= 0) return;
+  if (m <= 0 || rank <= 0) return nullptr;
   const std::string problem =
       "of " + std::to_string(m) + " rows, " + std::to_string(n) + " columns and rank " + std::to_string(rank);
   const Dropout no_dropout{nullptr, 0, 1.0f};
@@ -606,17 +608,18 @@ void lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t ran
     const LinearPlan plan = plan_lora_linear(LinearDirection::kDx, weight, dtype, m, rank);
     skinny.beside_rows = plan.beside, skinny.beside_cluster = plan.cluster();
   }
-  if (lora_wgmma("lora_dya", problem, dtype, false, true, skinny, stream)) return;
+  if (const auto begun = lora_wgmma("lora_dya", problem, dtype, false, true, skinny, stream)) return *begun;
   if (dtype == DType::kFloat32) {
     skinny_simt("lora_dya", problem, {static_cast<const float*>(dy), m, n, 1},
                 {static_cast<const float*>(b), rank, 1, rank}, n, no_dropout, output, 1, stream);
-    return;
+    return nullptr;
   }
   with_half_type(dtype, [&](auto element) {
     using T = decltype(element);
     skinny_mma<T, false, true>("lora_dya", problem, make_dense<T>(dy, m, n), make_dense<T>(b, n, rank), no_dropout,
                                output, 1, stream);
   });
+  return nullptr;
 }
 
 int64_t lora_grad_workspace(DType dtype, int64_t m, int64_t columns, int64_t rank) {

@@ -11,8 +11,12 @@
 // tiles of the element type.
 //
 // Or, for x·Aᵀ and dy·B beside the linear that needs them last (LinearPlan::beside): as few blocks as finish in time,
-// of up to four warpgroups for 64 rows each, on the multiprocessors that the linear leaves free.
+// of up to four warpgroups for 64 rows each, on the multiprocessors that the linear leaves free. They let it start
+// before they wait for the kernels before, so that its own beginning is over by then, and tell it in a word of memory
+// when that wait is.
 #include <algorithm>
+#include <atomic>
+#include <mutex>
 
 #include "kernels/cuda/element.h"
 #include "kernels/cuda/launch.h"
@@ -44,11 +48,16 @@ struct Layout {
   static_assert(kSharedBytes + (kGroups == 1 ? kTile * kInboxRow * 4 : 0) + 256 <= 227 * 1024);
 };
 
+// Words for `begun`. Launches that are not captured take them in turn: far more than can be in flight.
+constexpr uint32_t kTurns = 1 << 14, kWords = 1 << 17;
+__device__ uint32_t words[kWords];
+
 struct Parameters {
   CUtensorMap large, small;
   SkinnyOutput output;
   int steps, rank_tiles;
   bool beside_previous;
+  uint32_t* begun;
   int parts;  // blocks of a cluster that share a tile, or 1, and then a cluster is only to lie side by side
 };
 
@@ -84,13 +93,23 @@ __global__ void __launch_bounds__(Layout<kGroups, kFloatSmall>::kThreads)
     ptx::init_barrier(&received, 1);
     ptx::fence_barrier_init();
     if (parts > 1) ptx::expect_bytes(&received, parts * rows * columns * 4);
+    // The word may be left over from an earlier launch. It is in place before this block lets the linear start.
+    if (p.begun != nullptr && blockIdx.x == 0) ptx::store_word(p.begun, 0), __threadfence();
   } else if (threadIdx.x == kConsumers) {
     ptx::prefetch_tensor_map(&p.large);
     ptx::prefetch_tensor_map(&p.small);
   }
   __syncthreads();
   if (parts > 1) ptx::arrive_cluster_relaxed();
-  if (!p.beside_previous) ptx::wait_for_previous_kernel(), ptx::let_next_kernel_start();
+  if (p.begun != nullptr) {
+    ptx::let_next_kernel_start();
+    ptx::wait_for_previous_kernel();
+    // Without releasing: what the kernels before wrote is where the linear looks, in L2, or that wait had not ended. A
+    // release would take as long as the linear's first activations do.
+    if (blockIdx.x == 0 && threadIdx.x == 0) ptx::store_word(p.begun, 1);
+  } else if (!p.beside_previous) {
+    ptx::wait_for_previous_kernel(), ptx::let_next_kernel_start();
+  }
   // Beside the previous kernel, this one ends after it all the same: who waits for this one waits for both.
   const auto end = [&] {
     if (p.beside_previous) ptx::wait_for_previous_kernel(), ptx::let_next_kernel_start();
@@ -182,8 +201,34 @@ __global__ void __launch_bounds__(Layout<kGroups, kFloatSmall>::kThreads)
 #endif
 }
 
+// A word that no other launch uses while this one is in flight, nor ever if the stream is being captured: a graph's
+// launches may run whenever it is replayed. Null when none is left. (Two executable graphs made from one captured graph
+// share their words: they must not run at the same time.)
+uint32_t* take_word(cudaStream_t stream) {
+  struct OfDevice {
+    std::once_flag known;
+    uint32_t* words = nullptr;
+    std::atomic<uint32_t> turn{0}, captured{kTurns};
+  };
+  static OfDevice devices[kMaxDevices];
+  OfDevice& device = devices[current_device().index];
+  std::call_once(device.known, [&] {
+    void* address = nullptr;
+    if (cudaGetSymbolAddress(&address, words) == cudaSuccess) device.words = static_cast<uint32_t*>(address);
+  });
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (device.words == nullptr || cudaStreamIsCapturing(stream, &status) != cudaSuccess) {
+    cudaGetLastError();  // the linear starts later, that is all
+    return nullptr;
+  }
+  if (status == cudaStreamCaptureStatusNone) return device.words + device.turn++ % kTurns;
+  if (device.captured >= kWords) return nullptr;
+  const uint32_t index = device.captured++;
+  return index < kWords ? device.words + index : nullptr;
+}
+
 template <typename T, bool kLargeByStep, bool kSmallByStep, int kGroups, bool kFloatSmall>
-void launch(const char* name, const std::string& problem, const SkinnyProblem& s, cudaStream_t stream) {
+const uint32_t* launch(const char* name, const std::string& problem, const SkinnyProblem& s, cudaStream_t stream) {
   using L = Layout<kGroups, kFloatSmall>;
   constexpr CUtensorMapDataType kElement =
       std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -200,6 +245,7 @@ void launch(const char* name, const std::string& problem, const SkinnyProblem& s
   p.steps = static_cast<int>(ceil_div(s.reduction, kTile));
   p.rank_tiles = static_cast<int>(ceil_div(s.output.rank, kTile));
   p.beside_previous = s.beside_previous;
+  p.begun = s.beside_rows > 0 ? take_word(stream) : nullptr;
   p.parts = 1;
   const auto kernel = lora_wgmma_kernel<T, kLargeByStep, kSmallByStep, kGroups, kFloatSmall>;
   allow_shared_memory(reinterpret_cast<const void*>(kernel), name, L::kSharedBytes);
@@ -221,10 +267,11 @@ void launch(const char* name, const std::string& problem, const SkinnyProblem& s
   }
   const Launch shape{grid_size(blocks, name), L::kThreads, L::kSharedBytes, stream, cluster, true};
   launch_kernel(name, problem, shape, kernel, p);
+  return p.begun;
 }
 
 template <typename T, bool kSmallByStep, bool kFloatSmall>
-void launch_groups(const char* name, const std::string& problem, const SkinnyProblem& s, cudaStream_t stream) {
+const uint32_t* launch_groups(const char* name, const std::string& problem, const SkinnyProblem& s, cudaStream_t stream) {
   switch (s.beside_rows) {
     case 256:
       return launch<T, false, kSmallByStep, 4, kFloatSmall>(name, problem, s, stream);
@@ -247,22 +294,23 @@ bool lora_wgmma_legal(DType dtype, bool large_by_step, bool small_by_step, const
          std::max({s.reduction, s.output.outer, s.output.rank}) < kLimit && !(s.float_small && large_by_step);
 }
 
-bool lora_wgmma(const char* name, const std::string& problem, DType dtype, bool large_by_step, bool small_by_step,
-                const SkinnyProblem& s, cudaStream_t stream) {
-  if (!lora_wgmma_legal(dtype, large_by_step, small_by_step, s)) return false;
+std::optional<const uint32_t*> lora_wgmma(const char* name, const std::string& problem, DType dtype, bool large_by_step,
+                                          bool small_by_step, const SkinnyProblem& s, cudaStream_t stream) {
+  if (!lora_wgmma_legal(dtype, large_by_step, small_by_step, s)) return std::nullopt;
+  const uint32_t* begun = nullptr;
   with_half_type(dtype, [&](auto element) {
     using T = decltype(element);
     if (large_by_step) {
-      launch<T, true, true, 1, false>(name, problem, s, stream);
+      begun = launch<T, true, true, 1, false>(name, problem, s, stream);
     } else if (small_by_step) {
-      s.float_small ? launch_groups<T, true, true>(name, problem, s, stream)
-                    : launch_groups<T, true, false>(name, problem, s, stream);
+      begun = s.float_small ? launch_groups<T, true, true>(name, problem, s, stream)
+                            : launch_groups<T, true, false>(name, problem, s, stream);
     } else {
-      s.float_small ? launch_groups<T, false, true>(name, problem, s, stream)
-                    : launch_groups<T, false, false>(name, problem, s, stream);
+      begun = s.float_small ? launch_groups<T, false, true>(name, problem, s, stream)
+                            : launch_groups<T, false, false>(name, problem, s, stream);
     }
   });
-  return true;
+  return begun;
 }
 
 }  // namespace pyquant::cuda
