@@ -113,6 +113,9 @@ struct Ring {
     stage += kBy;
     if (stage >= kStages) stage -= kStages, phase ^= 1;
   }
+  __device__ void retreat() {
+    if (--stage < 0) stage = kStages - 1, phase ^= 1;
+  }
 };
 
 template <int kBarrier>
@@ -383,12 +386,21 @@ __device__ inline Consumer this_consumer() {
   return c;
 }
 
+// Teams of consumers are two warpgroups with 64 rows of W each; for 128 tokens two teams are one each, with 128 rows.
+template <int kTokens, int kTeams>
+struct Teams {
+  static constexpr int kBlocks = kTokens == 128 && kTeams == 2 ? 2 : 1;  // of 64 rows that a warpgroup has
+  static constexpr int kThreads = kTeam / kBlocks, kConsumers = kTeams * kThreads;
+};
+
 // kTeams: of consumers. With two, a block has one turn, of two steps or more.
 template <typename T, LinearDirection kDirection, int kTokens, int kTeams>
-__global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(const __grid_constant__ Parameters p) {
+__global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
+    linear_wgmma_kernel(const __grid_constant__ Parameters p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using L = Layout<kTokens>;
-  constexpr int kConsumers = kTeams * kTeam, kThreads = kConsumers + 128;
+  constexpr int kBlocks = Teams<kTokens, kTeams>::kBlocks, kTeamWarps = Teams<kTokens, kTeams>::kThreads / 32;
+  constexpr int kConsumers = Teams<kTokens, kTeams>::kConsumers, kThreads = kConsumers + 128;
   constexpr bool kForward = kDirection == LinearDirection::kForward;
   extern __shared__ __align__(1024) unsigned char dynamic_shared[];
   // In a cluster, addresses carry the block's rank above their lower 24 bits.
@@ -409,12 +421,12 @@ __global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(co
   if (threadIdx.x == kConsumers) {
     for (int stage = 0; stage < L::kStages; ++stage) {
       ptx::init_barrier(full(stage), 1);
-      ptx::init_barrier(empty(stage), p.share ? 16 : 8);
+      ptx::init_barrier(empty(stage), kTeamWarps * (p.share ? 2 : 1));
     }
     ptx::init_barrier(empty(L::kStages), 1);
     for (int stage = 0; stage < L::kRing; ++stage) {
       ptx::init_barrier(full_w(stage), 1 + kScaleWarps * ptx::kWarpArrivals);
-      ptx::init_barrier(empty_w(stage), kTeam / 32 * ptx::kWarpArrivals);
+      ptx::init_barrier(empty_w(stage), kTeamWarps * ptx::kWarpArrivals);
     }
     ptx::init_barrier(window + L::kReceived, 1);
     ptx::fence_barrier_init();
@@ -497,7 +509,7 @@ __global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(co
     return;
   }
 
-  constexpr int kRegisters = kTeams == 1 ? 224 : 104;
+  constexpr int kRegisters = kConsumers == 256 ? 224 : 104;
   // More than the block was launched with would be waited for forever.
   static_assert(kConsumers * kRegisters + 128 * 56 <= kThreads * (65536 / kThreads / 8 * 8));
   ptx::take_registers<kRegisters>();
@@ -509,8 +521,8 @@ __global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(co
     for (int i = 0; i < 16; ++i) code = lane % 16 == i ? p.weight.codebook[i] : code;
     code *= p.table_scale;
 #pragma unroll
-    for (int i = 0; i < 8 / kTeams; ++i) {
-      const int byte = (warp * 8 / kTeams + i) * 4 + lane / 8;
+    for (int i = 0; i < 2048 / kConsumers; ++i) {
+      const int byte = (warp * 2048 / kConsumers + i) * 4 + lane / 8;
       const float first = __shfl_sync(0xFFFFFFFFu, code, byte >> 4), second = __shfl_sync(0xFFFFFFFFu, code, byte & 15);
       const uint32_t pair = pack_pair<T>(first, second);
       ptx::store_16(window + kTable + byte * 128 + lane % 8 * 16, make_uint4(pair, pair, pair, pair));
@@ -519,12 +531,13 @@ __global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(co
   if (!p.beside) ptx::wait_for_previous_kernel(), ptx::let_next_kernel_start();
   sync_threads<3>(kConsumers);
 
-  float sum[kTokens / 2];
+  float sums[kBlocks][kTokens / 2];
+  float(&sum)[kTokens / 2] = sums[0];
 
   // Halves of steps, 32 along the reduction, go through a pipeline: packed words, looked-up pairs, pairs times absmax
   // in the registers of the operand, products. While the two products of half h run, half h + 1 is multiplied by its
   // absmax and half h + 2 loaded and looked up, so that hardly anybody waits for shared memory.
-  uint32_t operand[16], pairs[8], words[kForward ? 8 : 4], scales[kForward ? 4 : 8];
+  uint32_t operand[kBlocks][16], pairs[kBlocks][8], words[kBlocks][kForward ? 8 : 4], scales[kBlocks][kForward ? 4 : 8];
   const Consumer self = this_consumer<kForward>();
   const bool blocksize_32 = p.weight.blocksize_log2 == 5;
   // The address of a look-up is the lane's copy of entry 0 and 128 times a byte of the word: one dot product.
@@ -534,57 +547,77 @@ __global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(co
     return ptx::load_4(__dp4a(word, byte_selector, lane_table));
   };
 
-  const uint32_t row_low = self.column + self.flip;   // forward
-  const uint32_t slab = 2 * self.group + self.w / 2;  // dX: of 32 columns
+  const uint32_t group = kBlocks == 1 ? self.group : 0;  // whose rows come first
+  const uint32_t row_low = self.column - 64 * (self.group - group) + self.flip;  // forward
+  const uint32_t slab = 2 * group + self.w / 2;                                  // dX: of 32 columns
   const uint32_t words_at =
       kept(window + L::kPacked +
            (kForward ? row_low * 32 + (row_low >> 2 & 1) * 16 : lane * 64 + (slab ^ (lane >> 1 & 3)) * 16));
   const uint32_t scales_at =
-      kept(window + kScales + (kForward ? row_low * 8 : (blocksize_32 ? slab : self.group) * 256 + self.t * 16));
+      kept(window + kScales + (kForward ? row_low * 8 : (blocksize_32 ? slab : group) * 256 + self.t * 16));
+  const uint32_t to_block = kept(blocksize_32 ? 512 : 256);  // dX: from scales_at to those of the next 64 columns
   const uint32_t to_high = kept(self.flip != 0 ? -1 : 1);  // from row_low to the lane's other row
 
   const auto load_words = [&](int stage, int half) {
-    const uint32_t at = words_at + stage * kPackedBytes;
-    if constexpr (kForward) {
-      const uint4 low = ptx::load_16(at ^ 16 * half);
-      const uint4 high = ptx::load_16((at ^ 16 * half) + to_high * 32);
-      words[0] = low.x, words[1] = high.x, words[2] = low.y, words[3] = high.y;
-      words[4] = low.z, words[5] = high.z, words[6] = low.w, words[7] = high.w;
-    } else {
-      ptx::load_matrices_transposed(words, at + half * 2048);
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      uint32_t* to = words[block];
+      const uint32_t at = (words_at + stage * kPackedBytes + (kForward ? 2048 * block : 0)) ^ (kForward ? 0 : 32 * block);
+      if constexpr (kForward) {
+        const uint4 low = ptx::load_16(at ^ 16 * half);
+        const uint4 high = ptx::load_16((at ^ 16 * half) + to_high * 32);
+        to[0] = low.x, to[1] = high.x, to[2] = low.y, to[3] = high.y;
+        to[4] = low.z, to[5] = high.z, to[6] = low.w, to[7] = high.w;
+      } else {
+        ptx::load_matrices_transposed(to, at + half * 2048);
+      }
     }
   };
   const auto look_up_half = [&] {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      pairs[i] = kForward ? look_up(words[i], selector) : look_up(words[i / 2], i % 2 == 0 ? selector : selector << 16);
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        pairs[block][i] = kForward ? look_up(words[block][i], selector)
+                                   : look_up(words[block][i / 2], i % 2 == 0 ? selector : selector << 16);
+      }
     }
   };
   // Forward: of the lane's two rows, for both halves of a step at once. dX: of the half's rows.
   const auto load_scales = [&](int stage, int half) {
-    const uint32_t at = scales_at + stage * kScaleBytes;
-    if constexpr (kForward) {
-      if (half == 1) return;
-      const uint2 low = ptx::load_8(at), high = ptx::load_8(at + to_high * 8);
-      scales[0] = low.x, scales[1] = high.x, scales[2] = low.y, scales[3] = high.y;
-    } else {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint4 scale = ptx::load_16(at + (2 * half + i) * 64);
-        scales[4 * i] = scale.x, scales[4 * i + 1] = scale.y, scales[4 * i + 2] = scale.z, scales[4 * i + 3] = scale.w;
+    for (int block = 0; block < kBlocks; ++block) {
+      uint32_t* to = scales[block];
+      uint32_t at = scales_at + stage * kScaleBytes;
+      if constexpr (kForward) {
+        at += 512 * block;
+        if (half == 1) return;
+        const uint2 low = ptx::load_8(at), high = ptx::load_8(at + to_high * 8);
+        to[0] = low.x, to[1] = high.x, to[2] = low.y, to[3] = high.y;
+      } else {
+        if (block > 0) at += to_block;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint4 scale = ptx::load_16(at + (2 * half + i) * 64);
+          to[4 * i] = scale.x, to[4 * i + 1] = scale.y, to[4 * i + 2] = scale.z, to[4 * i + 3] = scale.w;
+        }
       }
     }
   };
   const auto finish_half = [&](int half) {
-    uint32_t* a = operand + 8 * half;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if constexpr (kForward) {
-        const uint32_t scale = scales[2 * half + i % 2];
-        a[i] = scaled<T>(pairs[i], __byte_perm(scale, scale, 0x1010), __byte_perm(scale, scale, 0x3232));
-      } else {
-        a[i] = scaled<T>(__byte_perm(pairs[i / 2 * 2], pairs[i / 2 * 2 + 1], i % 2 == 0 ? 0x5410 : 0x7632),
-                         scales[i / 2 * 2], scales[i / 2 * 2 + 1]);
+    for (int block = 0; block < kBlocks; ++block) {
+      uint32_t* a = operand[block] + 8 * half;
+      const uint32_t *pair = pairs[block], *scale = scales[block];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if constexpr (kForward) {
+          const uint32_t both = scale[2 * half + i % 2];
+          a[i] = scaled<T>(pair[i], __byte_perm(both, both, 0x1010), __byte_perm(both, both, 0x3232));
+        } else {
+          a[i] = scaled<T>(__byte_perm(pair[i / 2 * 2], pair[i / 2 * 2 + 1], i % 2 == 0 ? 0x5410 : 0x7632),
+                           scale[i / 2 * 2], scale[i / 2 * 2 + 1]);
+        }
       }
     }
   };
@@ -625,7 +658,7 @@ __global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(co
     if (release_at != 0) ptx::arrive_in_rank(release_at + 8 * stage);
   };
 
-  const int team = kTeams == 1 ? 0 : warp / (kTeam / 32);
+  const int team = kTeams == 1 ? 0 : warp / kTeamWarps;
   Ring<L::kStages> ring;      // of activations: the slot of this step
   Ring<L::kRing> ring_w;      // of weights: the team's next slot, that it has not looked at
   int current_w = 0;          // of weights: the slot of this step
@@ -656,13 +689,17 @@ __global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(co
       ptx::fence_products();
 #pragma unroll
       for (int chunk = 2 * half; chunk < 2 * half + 2; ++chunk) {
-        ptx::Wgmma<T, kTokens>::add(sum, operand + 4 * chunk, b + 2 * chunk);
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+          ptx::Wgmma<T, kTokens>::add(sums[block], operand[block] + 4 * chunk, b + 2 * chunk);
+        }
       }
       ptx::commit_products();
       if (!ready) ptx::wait_barrier(barrier, phase);
-      load_words(next_w, half);
+      if (kBlocks == 1) load_words(next_w, half);
       ptx::wait_products<1>();
       finish_half(half ^ 1);
+      if (kBlocks == 2) load_words(next_w, half);
       if (half == 0) {
         release(previous);
         ptx::arrive_for_warp(empty_w(current_w));
@@ -718,24 +755,27 @@ __global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(co
     ptx::hold_sums(sum);
   };
 
-  int turn = first_turn(p);
+  int turn = kTeams == 2 ? 0 : first_turn(p);
   Work work = work_at(p, turn, kTokens);
   if (kTeams == 2 && team == 1) {
     ring_w.advance();
-    for (int i = 0; i <= work.lora_steps; ++i) ring.advance();
+    for (int i = 0; i <= (kBlocks == 1 ? work.lora_steps : 0); ++i) ring.advance();
     work.lora_steps = 0;  // the other team's
   }
   start();
   // Where registers allow it, a late step's factor waits in them.
   constexpr bool kFactorWaits = kForward || kTokens < 256;
   if (p.begun != nullptr) ptx::wait_barrier(full(ring.stage), ring.phase);  // activations have come, so it has begun
-  if (work.lora_steps > 0 && (kFactorWaits || !late_low_rank(p, turn))) load_factor(work.row0, 0);
+  if (kBlocks == 1 && work.lora_steps > 0 && (kFactorWaits || !late_low_rank(p, turn))) load_factor(work.row0, 0);
   for (;;) {
     const bool more_work = kTeams == 1 && kept(has_work(p, turn + 1)) != 0;
 #pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) sum[i] = 0.0f;
-    if (!late_low_rank(p, turn)) multiply_low_rank(work);
-    if (!kForward && p.dropout.active() && work.lora_steps > 0) {
+    for (int i = 0; i < kTokens / 2; ++i) {
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) sums[block][i] = 0.0f;
+    }
+    if (kBlocks == 1 && !late_low_rank(p, turn)) multiply_low_rank(work);
+    if (!kForward && kBlocks == 1 && p.dropout.active() && work.lora_steps > 0) {
       const Consumer c = this_consumer<kForward>();
       const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
       const int64_t first = (int64_t{work.token0} + 2 * c.t) * p.columns + work.row0 + c.column;
@@ -772,12 +812,42 @@ __global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(co
       step(left > 1, left > 1 || more_work);
     } while (--left > 0);
     work = get_work(window, turn);
-    if (!kFactorWaits && late_low_rank(p, turn) && work.lora_steps > 0) load_factor(work.row0, 0);
+    if ((!kFactorWaits || kBlocks == 2) && late_low_rank(p, turn) && work.lora_steps > 0) load_factor(work.row0, 0);
     ptx::wait_products<0>();
-    ptx::hold_sums(sum);
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) ptx::hold_sums(sums[block]);
     release(previous);
     previous = L::kStages;
-    if constexpr (kTeams == 2) {
+    if constexpr (kBlocks == 2) {
+      // Each team gets the other's sums of its 64 rows, where the table and the packed weights were.
+      constexpr int kSumsBytes = 128 * kTokens / 2 * 4;
+      static_assert(kTable + kSumsBytes <= kSlots && L::kPacked + kSumsBytes <= kGather);
+      const uint32_t thread = threadIdx.x % 128 * 16;
+      const uint32_t mine = window + (team == 0 ? kTable : L::kPacked) + thread,
+                     theirs = window + (team == 0 ? L::kPacked : kTable) + thread;
+      sync_threads<5>(kConsumers);  // nobody decodes any more
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) {
+        const float* v = sums[1] + 4 * j;
+        const float* w = sums[0] + 4 * j;
+        ptx::store_16(theirs + j * 2048,
+                      make_uint4(__float_as_uint(team == 0 ? v[0] : w[0]), __float_as_uint(team == 0 ? v[1] : w[1]),
+                                 __float_as_uint(team == 0 ? v[2] : w[2]), __float_as_uint(team == 0 ? v[3] : w[3])));
+      }
+      sync_threads<6>(kConsumers);
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) {
+        const uint4 v = ptx::load_16(mine + j * 2048);
+        const uint32_t parts[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float own = team == 0 ? sums[0][4 * j + i] : sums[1][4 * j + i], other = __uint_as_float(parts[i]);
+          sum[4 * j + i] = team == 0 ? own + other : other + own;
+        }
+      }
+      // Behind the last step, whichever team's it was.
+      if ((work.steps & 1) != team) ring.retreat();
+    } else if constexpr (kTeams == 2) {
       // The second team's sums go to the first, through the buffers of the output, and it is done.
       const uint32_t place = window + kGather + threadIdx.x % kTeam * 16;
       if (team == 1) {
@@ -799,7 +869,7 @@ __global__ void __launch_bounds__(kTeams* kTeam + 128, 1) linear_wgmma_kernel(co
       }
       sync_threads<6>(kTeam);  // all have read before the output takes the buffers
     }
-    if (kTeams == 1 && late_low_rank(p, turn)) multiply_low_rank(work);
+    if ((kTeams == 1 || kBlocks == 2) && late_low_rank(p, turn)) multiply_low_rank(work);
     ++turn;
     Work upcoming{};
     if (more_work) {
@@ -983,7 +1053,7 @@ float table_scale(const Weight& weight) {
 
 template <typename T, LinearDirection kDirection, int kTokens>
 void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream_t stream) {
-  constexpr int kMostTeams = kTokens <= 64 ? 2 : 1;
+  constexpr int kMostTeams = kTokens <= 128 ? 2 : 1;
   constexpr bool kForward = kDirection == LinearDirection::kForward;
   constexpr CUtensorMapDataType kElement =
       std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -1031,7 +1101,8 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   const int cluster = p.share ? 2 : p.split, units = p.tiles_m * p.tiles_w;
   const auto shape_of = [&](const void* kernel, int teams) {
     allow_shared_memory(kernel, "linear_wgmma", kSharedBytes);
-    return Launch{1, teams * kTeam + 128, kSharedBytes, stream, static_cast<unsigned>(cluster), true};
+    const unsigned consumers = teams == 1 ? kTeam : Teams<kTokens, kMostTeams>::kConsumers;
+    return Launch{1, consumers + 128, kSharedBytes, stream, static_cast<unsigned>(cluster), true};
   };
   const auto one_team = linear_wgmma_kernel<T, kDirection, kTokens, 1>;
   int clusters;
@@ -1052,8 +1123,11 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
     p.whole = p.rounds * clusters * cluster - p.skipped;
     if (p.rounds == 0) clusters = units, p.whole = p.skipped = 0;
   }
-  const bool one_turn = clusters == units && p.rounds == 0 && !p.beside;
-  const int teams = one_turn && p.steps / p.split >= 2 ? kMostTeams : 1;
+  // Two teams, where they pay: of few tokens with nothing beside, or of 128 with low-rank steps only at the end, each in
+  // a slot of its own.
+  const bool one_turn = clusters == units && p.rounds == 0 && p.skipped == 0;
+  const bool pays = kTokens == 128 ? rank == 0 || (p.beside && p.lora_steps <= Layout<kTokens>::kStages) : !p.beside;
+  const int teams = one_turn && pays && p.steps / p.split >= 2 ? kMostTeams : 1;
   const auto kernel = teams == 1 ? one_team : linear_wgmma_kernel<T, kDirection, kTokens, kMostTeams>;
   Launch shape = shape_of(reinterpret_cast<const void*>(kernel), teams);
   shape.grid = grid_size(int64_t{clusters} * cluster, "linear_wgmma");
