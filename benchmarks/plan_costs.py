@@ -20,7 +20,7 @@ ROWS = (32, 64, 128, 256, 512, 1024, 2048)
 # Clusters of 1 … 8 of these blocks that an H200 was seen to hold at a time: they stay within a GPC.
 CLUSTERS = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
 TILE_W, STEP = 128, 64
-TEAMS = 0.88  # of the time of a step, where two teams of consumers share them: as in wgmma_plan
+TEAM_TILES = (32, 64, 128)  # for which two teams of consumers share the steps of a block with one turn
 
 
 def turns(tiles: int, split: int) -> tuple[int, int]:
@@ -34,29 +34,46 @@ def turns(tiles: int, split: int) -> tuple[int, int]:
     return rounds, math.ceil((tiles - rounds * clusters * split) / clusters)
 
 
-def terms(case: dict) -> tuple[float, int, int]:
-    """How many steps, tiles (or parts of one) and exchanges one block goes through."""
+def terms(case: dict, teams: dict[int, float]) -> tuple[float, int, float, float]:
+    """How many steps, tiles (or parts of one) and exchanges one block goes through, the steps of teams and the exchanges
+    of more than two parts by what they take of, or more than, others; and the part of the multiprocessors with a block.
+    """
     columns, reduction = (case["n"], case["k"]) if case["direction"] == "forward" else (case["k"], case["n"])
     tiles = math.ceil(case["m"] / case["tile"]) * math.ceil(columns / TILE_W)
     rounds, shared = turns(tiles, case["split"])
     steps = math.ceil(reduction / STEP)
-    # Tiles of up to 64 rows, with one turn for each block, have two teams of consumers.
-    teams = case["tile"] <= 64 and rounds == (1 if case["split"] == 1 else 0) and steps >= 2 * case["split"]
     total = rounds * steps + shared * math.ceil(steps / case["split"])
-    return total * (TEAMS if teams else 1), rounds + shared, shared
+    if rounds == (1 if case["split"] == 1 else 0) and steps >= 2 * case["split"]:
+        total *= teams.get(case["tile"], 1.0)
+    clusters = CLUSTERS[case["split"]]
+    busy = CLUSTERS[1] if shared and rounds else min(tiles, clusters) * case["split"]
+    # A block sends what it does not add up itself.
+    return total, rounds + shared, shared * 2 * (case["split"] - 1) / case["split"], busy / CLUSTERS[1]
 
 
 def fit(cases: list[dict]) -> dict[str, float]:
-    """Costs in microseconds, by least squares of the relative error: ``launch``, and of each tile of tokens ``step``
-    (forward and dx), ``tile`` and ``exchange``. None is negative."""
-    names = ["launch"]
+    """Costs in microseconds, by least squares of the relative error: ``launch``, what it takes more if all
+    multiprocessors are ``busy``, and of each tile of tokens ``step`` (forward and dx), ``tile`` and ``exchange``. None
+    is negative. And the part of a step's time that it takes with two teams, ``teams``."""
+    teams = dict.fromkeys(TEAM_TILES, 0.9)
+    for _ in range(2):
+        for tile in TEAM_TILES:
+            choices = [{**teams, tile: factor / 100} for factor in range(70, 102, 2)]
+            teams = min(choices, key=lambda choice: _least_squares(cases, choice)[1])
+    costs, _ = _least_squares(cases, teams)
+    return costs | {f"{tile} teams": factor for tile, factor in teams.items()}
+
+
+def _least_squares(cases: list[dict], teams: dict[int, float]) -> tuple[dict[str, float], float]:
+    """The costs for such teams, and the sum of the squares."""
+    names = ["launch", "busy"]
     for tile in TILES:
         names += [f"{tile} step forward", f"{tile} step dx", f"{tile} tile", f"{tile} exchange"]
     index = {name: i for i, name in enumerate(names)}
     matrix = np.zeros((len(cases), len(names)))
     for row, case in zip(matrix, cases, strict=True):
-        steps, tiles, exchanges = terms(case)
-        row[0] = 1.0
+        steps, tiles, exchanges, busy = terms(case, teams)
+        row[:2] = 1.0, busy
         row[index[f"{case['tile']} step {case['direction']}"]] = steps
         row[index[f"{case['tile']} tile"]] = tiles
         row[index[f"{case['tile']} exchange"]] = exchanges
@@ -66,16 +83,17 @@ def fit(cases: list[dict]) -> dict[str, float]:
         costs = np.zeros(len(names))
         costs[used] = np.linalg.lstsq(matrix[:, used], np.ones(len(cases)), rcond=None)[0]
         if (costs >= 0).all():
-            return dict(zip(names, costs.tolist(), strict=True))
+            return dict(zip(names, costs.tolist(), strict=True)), float(((matrix @ costs - 1) ** 2).sum())
         used &= costs >= 0
 
 
 def predict(costs: dict[str, float], case: dict) -> float:
     """Microseconds."""
-    steps, tiles, exchanges = terms(case)
+    steps, tiles, exchanges, busy = terms(case, {tile: costs[f"{tile} teams"] for tile in TEAM_TILES})
     tile = case["tile"]
     return (
         costs["launch"]
+        + busy * costs["busy"]
         + steps * costs[f"{tile} step {case['direction']}"]
         + tiles * costs[f"{tile} tile"]
         + exchanges * costs[f"{tile} exchange"]
@@ -103,7 +121,7 @@ def plans(n: int, k: int, direction: str, m: int, most: int) -> list[tuple[int, 
             continue
         for split in range(1, min(tile // 8, 8) + 1):
             case = {"n": n, "k": k, "direction": direction, "m": m, "tile": tile, "split": split}
-            steps, _, exchanges = terms(case)
+            steps, _, exchanges, _ = terms(case, dict.fromkeys(TEAM_TILES, 0.9))
             step = 0.5 + tile / 512 if tile > 64 else 0.3 + tile / 1024
             ranked.append((steps * step + 3 * exchanges, tile, split))
     return [(tile, split) for _, tile, split in sorted(ranked)[:most]]
@@ -179,9 +197,9 @@ def main(arguments: list[str] | None = None) -> int:
             with open(options.output, "w") as file:
                 json.dump({"provenance": provenance(vars(options)), "cases": cases}, file, indent=1)
     costs = fit(cases)
-    print(f"launch {costs['launch']:.2f}")
+    print(f"launch {costs['launch']:.2f}  busy {costs['busy']:.2f}")
     for tile in TILES:
-        parts = ("step forward", "step dx", "tile", "exchange")
+        parts = ("step forward", "step dx", "tile", "exchange", *(("teams",) if tile in TEAM_TILES else ()))
         print(f"tile {tile:3}  " + "  ".join(f"{part} {costs[f'{tile} {part}']:.3f}" for part in parts))
     errors = [predict(costs, case) / case["us"] - 1 for case in cases]
     print(f"{len(cases)} plans, relative error {min(errors):+.2f} to {max(errors):+.2f}")

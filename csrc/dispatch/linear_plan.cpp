@@ -140,8 +140,8 @@ double low_rank_before(const LinearProblem& p) {
   return p.rank == 0 ? 0.0 : 6.0 + 2.0 * p.m * p.reduction() / kBytesPerMicrosecond;
 }
 double low_rank_beside(const LinearProblem& p, int rows) {
-  const double step = rows == 256 ? 0.40 : rows == 128 ? 0.26 : 0.19;
-  return 3.0 + static_cast<double>(ceil_div(p.reduction(), 64)) * step;
+  const double step = rows == 256 ? 0.43 : rows == 128 ? 0.26 : 0.18;
+  return 1.0 + static_cast<double>(ceil_div(p.reduction(), 64)) * step;
 }
 
 LinearPlan wgmma_plan(const LinearProblem& p, int tokens, int split, int beside) {
@@ -164,27 +164,30 @@ LinearPlan wgmma_plan(const LinearProblem& p, int tokens, int split, int beside)
   }
   const double steps = static_cast<double>(ceil_div(p.reduction(), 64)),
                lora = static_cast<double>(ceil_div(p.rank, 64));
-  // Microseconds: a step (forward, dX), a tile's beginning and end, and the exchange of a shared tile's parts. Fitted
-  // to 224 plans of 56 problems timed on an H100; for all but three they choose one within 3 % of the fastest.
+  // Microseconds: a step (forward, dX) and the part of it that it takes with two teams of consumers, a tile's beginning
+  // and end, the exchange of a shared tile's halves, and a launch that keeps all multiprocessors busy. Fitted to 336
+  // plans of 56 problems timed on an H100; for all but two they choose one within 2 % of the fastest.
   // benchmarks/plan_costs.py does it anew.
   struct Cost {
-    double forward, dx, tile, exchange;
+    double forward, dx, teams, tile, exchange;
   };
-  const Cost cost = tokens == 256   ? Cost{0.65, 0.715, 3.65, 1.75}
-                    : tokens == 128 ? Cost{0.48, 0.50, 1.85, 2.05}
-                    : tokens == 64  ? Cost{0.375, 0.405, 1.9, 1.0}
-                                    : Cost{0.34, 0.365, 2.4, 0.0};
-  // Blocks of up to 64 tokens with one turn have two teams of consumers: a tenth less, by 25 times on an H100.
-  const bool teams = tokens <= 64 && beside == 0 && rounds == (split == 1 ? 1 : 0) && steps >= 2 * split;
-  const double step = (p.direction == LinearDirection::kForward ? cost.forward : cost.dx) * (teams ? 0.88 : 1.0);
+  const Cost cost = tokens == 256   ? Cost{0.680, 0.741, 1.0, 0.20, 4.85}
+                    : tokens == 128 ? Cost{0.457, 0.536, 0.92, 1.37, 2.13}
+                    : tokens == 64  ? Cost{0.357, 0.400, 0.98, 0.94, 1.52}
+                                    : Cost{0.363, 0.414, 0.86, 0.56, 1.35};
+  constexpr double kBusy = 2.0;
+  const bool one_turn = rounds == (split == 1 ? 1 : 0) && steps >= 2 * split;
+  const bool teams = one_turn && (tokens == 128 ? p.rank == 0 || (beside > 0 && lora <= 6) : beside == 0);
+  const double step = (p.direction == LinearDirection::kForward ? cost.forward : cost.dx) * (teams ? cost.teams : 1.0);
   const double shared = std::ceil(steps / split) * step + cost.tile;  // and the exchange
-  const double work =
-      rounds * ((steps + lora) * step + cost.tile) + shared_rounds * (shared + lora * step + cost.exchange);
-  plan.microseconds = 1.5 + std::max(work, weight_bytes(p) / kBytesPerMicrosecond);
+  const double exchange = cost.exchange * 2.0 * (split - 1) / split;  // of what a block does not add up itself
+  const double work = rounds * ((steps + lora) * step + cost.tile) + shared_rounds * (shared + lora * step + exchange);
+  const double busy = split > 1 && rounds > 0 ? p.sm_count : static_cast<double>(std::min(tiles, clusters) * split);
+  plan.microseconds = kBusy * busy / p.sm_count + std::max(work, weight_bytes(p) / kBytesPerMicrosecond);
   if (beside > 0) {
     // One more launch, and what the first turn has to wait for.
     const double first_turn = rounds > 0 ? steps * step + cost.tile : shared;
-    plan.microseconds += 1.5 + std::max(0.0, low_rank_beside(p, beside) - first_turn);
+    plan.microseconds += 1.2 + std::max(0.0, low_rank_beside(p, beside) - first_turn);
   }
   return plan;
 }

@@ -944,6 +944,43 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
       }
     };
 
+    // Of halves, only what the other block adds up goes through shared memory.
+    constexpr bool kHalves = kTokens >= 2 * kGatherTokens;
+    if (kHalves && work.split && p.split == 2 && p.vector_output) {
+      constexpr int kOwn = kTokens / 16;  // eights
+      const uint32_t received = window + L::kReceived, place = window + L::kExchange + (128 * group + 32 * c.w + c.lane) * 16;
+      if (leader && group == 0) ptx::expect_bytes(received, kOwn * kPartBytes);
+      ptx::arrive_cluster_relaxed(), ptx::wait_cluster();  // all are done with their slots, where the parts go
+      const uint32_t to = ptx::address_in_rank(place, rank ^ 1), barrier = ptx::address_in_rank(received, rank ^ 1);
+      const auto half_of = [&](int owner, int i) { return owner == 0 ? sum[i] : sum[kTokens / 4 + i]; };
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) {
+        ptx::send(to + j * kPartBytes, barrier,
+                  make_float4(half_of(rank ^ 1, 4 * j), half_of(rank ^ 1, 4 * j + 1), half_of(rank ^ 1, 4 * j + 2),
+                              half_of(rank ^ 1, 4 * j + 3)));
+      }
+      ptx::wait_barrier(received, 0);
+#pragma unroll
+      for (int pass = 0; pass < kTokens / 2 / kGatherTokens; ++pass) {
+        const uint32_t buffer = gather + pass * kGatherBytes;
+#pragma unroll
+        for (int j = pass * 8; j < pass * 8 + 8; ++j) {
+          const uint4 v = ptx::load_16(place + j * kPartBytes);
+          const int token = 8 * (j - pass * 8) + 2 * t;
+          put(buffer, token, half_of(rank, 4 * j) + __uint_as_float(v.x),
+              half_of(rank, 4 * j + 2) + __uint_as_float(v.z));
+          put(buffer, token + 1, half_of(rank, 4 * j + 1) + __uint_as_float(v.y),
+              half_of(rank, 4 * j + 3) + __uint_as_float(v.w));
+        }
+        ptx::fence_async_proxy();
+        sync_group();
+        if (leader) {
+          ptx::store_tile(&p.output_map, column0, work.token0 + rank * (kTokens / 2) + pass * kGatherTokens, buffer);
+        }
+      }
+      break;  // a shared tile is the last
+    }
+
     if (!work.split) {
 #pragma unroll
       for (int pass = 0; pass < kTokens / kPass; ++pass) {

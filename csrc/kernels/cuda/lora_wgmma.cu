@@ -56,6 +56,7 @@ struct Parameters {
   CUtensorMap large, small;
   SkinnyOutput output;
   int steps, rank_tiles;
+  int stage_bytes;  // that are copied
   bool beside_previous;
   uint32_t* begun;
   int parts;  // blocks of a cluster that share a tile, or 1, and then a cluster is only to lie side by side
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(Layout<kGroups, kFloatSmall>::kThreads)
         const int stage = step % kStages, at = (first + step) * kTile;
         const uint32_t barrier = ptx::shared_address(&full[stage]);
         ptx::wait_barrier(&empty[stage], step / kStages & 1 ^ 1);
-        ptx::expect_bytes(barrier, L::kStageBytes);
+        ptx::expect_bytes(barrier, p.stage_bytes);
         ptx::copy_tile(large_at(stage), &p.large, kLargeByStep ? outer0 : at, kLargeByStep ? at : outer0, barrier);
         ptx::copy_tile(small_at(stage), &p.small, kSmallByStep ? rank0 : at, kSmallByStep ? at : rank0, barrier);
       }
@@ -143,6 +144,7 @@ __global__ void __launch_bounds__(Layout<kGroups, kFloatSmall>::kThreads)
 #pragma unroll
       for (int i = 0; i < kTile * kTile / 8 / kConsumers; ++i) {
         const int piece = threadIdx.x + i * kConsumers, row = piece / 8, at = piece % 8;
+        if (8 * (kSmallByStep ? at : row / 8) >= columns) continue;  // beyond the rank
         const uint4 low = ptx::load_16(small + row * kTile * 4 + at * 32);
         const uint4 high = ptx::load_16(small + row * kTile * 4 + at * 32 + 16);
         const auto pair = [](uint32_t x, uint32_t y) { return pack_pair<T>(__uint_as_float(x), __uint_as_float(y)); };
@@ -238,9 +240,14 @@ const uint32_t* launch(const char* name, const std::string& problem, const Skinn
                            columns * (is_float ? 4 : 2), rows_of_tile, kTile,
                            is_float ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B);
   };
+  // The accelerator takes as long for a row of zeros as for one it reads: none beyond the rank, where that is rows. What
+  // stands there then is multiplied all the same, and not stored.
+  const int small_rows =
+      kSmallByStep ? kTile : static_cast<int>(std::min<int64_t>(kTile, ceil_div(s.output.rank, 8) * 8));
   Parameters p{};
   p.large = map(s.large, false, kLargeByStep, s.output.outer, kGroups * kTile);
-  p.small = map(s.small, kFloatSmall, kSmallByStep, s.output.rank, kTile);
+  p.small = map(s.small, kFloatSmall, kSmallByStep, s.output.rank, small_rows);
+  p.stage_bytes = L::kLargeBytes + L::kSmallBytes / kTile * small_rows;
   p.output = s.output;
   p.steps = static_cast<int>(ceil_div(s.reduction, kTile));
   p.rank_tiles = static_cast<int>(ceil_div(s.output.rank, kTile));
