@@ -1,8 +1,7 @@
 """What only a GPU has: streams, the current device, CUDA graphs, large shapes, and the CPU as its witness."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import reference

@@ -20,8 +20,8 @@ struct LowRank {
   // at the same time, as plan_lora_linear says to both.
   bool left_beside;
   bool float_factor;  // the factor is float32 beside 16-bit activations: where ..._reads_float
-  // What that launch returned: a word on the device, not 0 once all kernels before it have ended. Null where it lets the
-  // linear start only then.
+  // What that launch returned: a word on the device, not 0 once all kernels before it have ended. Null where it lets
+  // the linear start only then.
   const uint32_t* begun = nullptr;
 };
 

@@ -532,7 +532,7 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
   sync_threads<3>(kConsumers);
 
   float sums[kBlocks][kTokens / 2];
-  float(&sum)[kTokens / 2] = sums[0];
+  float (&sum)[kTokens / 2] = sums[0];
 
   // Halves of steps, 32 along the reduction, go through a pipeline: packed words, looked-up pairs, pairs times absmax
   // in the registers of the operand, products. While the two products of half h run, half h + 1 is multiplied by its
@@ -547,7 +547,7 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
     return ptx::load_4(__dp4a(word, byte_selector, lane_table));
   };
 
-  const uint32_t group = kBlocks == 1 ? self.group : 0;  // whose rows come first
+  const uint32_t group = kBlocks == 1 ? self.group : 0;                          // whose rows come first
   const uint32_t row_low = self.column - 64 * (self.group - group) + self.flip;  // forward
   const uint32_t slab = 2 * group + self.w / 2;                                  // dX: of 32 columns
   const uint32_t words_at =
@@ -556,13 +556,14 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
   const uint32_t scales_at =
       kept(window + kScales + (kForward ? row_low * 8 : (blocksize_32 ? slab : group) * 256 + self.t * 16));
   const uint32_t to_block = kept(blocksize_32 ? 512 : 256);  // dX: from scales_at to those of the next 64 columns
-  const uint32_t to_high = kept(self.flip != 0 ? -1 : 1);  // from row_low to the lane's other row
+  const uint32_t to_high = kept(self.flip != 0 ? -1 : 1);    // from row_low to the lane's other row
 
   const auto load_words = [&](int stage, int half) {
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
       uint32_t* to = words[block];
-      const uint32_t at = (words_at + stage * kPackedBytes + (kForward ? 2048 * block : 0)) ^ (kForward ? 0 : 32 * block);
+      const uint32_t at =
+          (words_at + stage * kPackedBytes + (kForward ? 2048 * block : 0)) ^ (kForward ? 0 : 32 * block);
       if constexpr (kForward) {
         const uint4 low = ptx::load_16(at ^ 16 * half);
         const uint4 high = ptx::load_16((at ^ 16 * half) + to_high * 32);
@@ -948,7 +949,8 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
     constexpr bool kHalves = kTokens >= 2 * kGatherTokens;
     if (kHalves && work.split && p.split == 2 && p.vector_output) {
       constexpr int kOwn = kTokens / 16;  // eights
-      const uint32_t received = window + L::kReceived, place = window + L::kExchange + (128 * group + 32 * c.w + c.lane) * 16;
+      const uint32_t received = window + L::kReceived,
+                     place = window + L::kExchange + (128 * group + 32 * c.w + c.lane) * 16;
       if (leader && group == 0) ptx::expect_bytes(received, kOwn * kPartBytes);
       ptx::arrive_cluster_relaxed(), ptx::wait_cluster();  // all are done with their slots, where the parts go
       const uint32_t to = ptx::address_in_rank(place, rank ^ 1), barrier = ptx::address_in_rank(received, rank ^ 1);
@@ -1160,8 +1162,8 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
     p.whole = p.rounds * clusters * cluster - p.skipped;
     if (p.rounds == 0) clusters = units, p.whole = p.skipped = 0;
   }
-  // Two teams, where they pay: of few tokens with nothing beside, or of 128 with low-rank steps only at the end, each in
-  // a slot of its own.
+  // Two teams, where they pay: of few tokens with nothing beside, or of 128 with low-rank steps only at the end, each
+  // in a slot of its own.
   const bool one_turn = clusters == units && p.rounds == 0 && p.skipped == 0;
   const bool pays = kTokens == 128 ? rank == 0 || (p.beside && p.lora_steps <= Layout<kTokens>::kStages) : !p.beside;
   const int teams = one_turn && pays && p.steps / p.split >= 2 ? kMostTeams : 1;

@@ -45,9 +45,9 @@ struct SkinnyProblem {
 };
 
 // Many rows on Hopper; nothing, and nothing launched, where it is not for the device, the type or the shape, as
-// lora_wgmma_legal says. Returns LowRank::begun (kernels.h). large_by_step: the large operand is [reduction, outer], else [outer, reduction];
-// small_by_step: the small one is [reduction, rank], else [rank, reduction]. A large operand by steps goes with a small
-// one by steps.
+// lora_wgmma_legal says. Returns LowRank::begun (kernels.h). large_by_step: the large operand is [reduction, outer],
+// else [outer, reduction]; small_by_step: the small one is [reduction, rank], else [rank, reduction]. A large operand
+// by steps goes with a small one by steps.
 bool lora_wgmma_legal(DType dtype, bool large_by_step, bool small_by_step, const SkinnyProblem& skinny);
 std::optional<const uint32_t*> lora_wgmma(const char* name, const std::string& problem, DType dtype, bool large_by_step,
                                           bool small_by_step, const SkinnyProblem& skinny, cudaStream_t stream);

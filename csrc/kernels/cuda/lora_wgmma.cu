@@ -240,8 +240,8 @@ const uint32_t* launch(const char* name, const std::string& problem, const Skinn
                            columns * (is_float ? 4 : 2), rows_of_tile, kTile,
                            is_float ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B);
   };
-  // The accelerator takes as long for a row of zeros as for one it reads: none beyond the rank, where that is rows. What
-  // stands there then is multiplied all the same, and not stored.
+  // The accelerator takes as long for a row of zeros as for one it reads: none beyond the rank, where that is rows.
+  // What stands there then is multiplied all the same, and not stored.
   const int small_rows =
       kSmallByStep ? kTile : static_cast<int>(std::min<int64_t>(kTile, ceil_div(s.output.rank, 8) * 8));
   Parameters p{};
@@ -278,7 +278,8 @@ const uint32_t* launch(const char* name, const std::string& problem, const Skinn
 }
 
 template <typename T, bool kSmallByStep, bool kFloatSmall>
-const uint32_t* launch_groups(const char* name, const std::string& problem, const SkinnyProblem& s, cudaStream_t stream) {
+const uint32_t* launch_groups(const char* name, const std::string& problem, const SkinnyProblem& s,
+                              cudaStream_t stream) {
   switch (s.beside_rows) {
     case 256:
       return launch<T, false, kSmallByStep, 4, kFloatSmall>(name, problem, s, stream);
