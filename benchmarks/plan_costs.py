@@ -35,8 +35,9 @@ def turns(tiles: int, split: int) -> tuple[int, int]:
 
 
 def terms(case: dict, teams: dict[int, float]) -> tuple[float, int, float, float]:
-    """How many steps, tiles (or parts of one) and exchanges one block goes through, the steps of teams and the exchanges
-    of more than two parts by what they take of, or more than, others; and the part of the multiprocessors with a block.
+    """How many steps, tiles (or parts of one) and exchanges one block goes through, and on what part of the
+    multiprocessors there is a block. Steps of teams count for what they take of others, and exchanges of more than two
+    parts for what they take more.
     """
     columns, reduction = (case["n"], case["k"]) if case["direction"] == "forward" else (case["k"], case["n"])
     tiles = math.ceil(case["m"] / case["tile"]) * math.ceil(columns / TILE_W)

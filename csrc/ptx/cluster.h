@@ -12,7 +12,7 @@ namespace pyquant::ptx {
 // Returns when the stream's previous kernel is complete and its writes are visible. A kernel launched early calls this
 // in every thread that touches memory which that kernel, or one before it, may write or read, and reads it by plain
 // loads: __ldg and const __restrict__ take what they load for constant while the kernel runs.
-// linear_wgmma.cu's Parameters::beside is the exception.
+// Parameters::beside in linear_wgmma.cu and beside_previous in lora_wgmma.cu are the exceptions.
 __device__ inline void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -434,6 +434,26 @@ def test_forced_plans_with_an_adapter_meet_the_bound(monkeypatch, plan, rows, n,
     assert all(torch.equal(a, b) for a, b in zip(first, run(source), strict=True))
 
 
+# Rings of activations wrap around with the low-rank steps of a rank: at 512, 6 slots at 384, and beyond. 33 steps of
+# weights; parts of two and three.
+@pytest.mark.parametrize(
+    ("plan", "rows", "n", "k", "ranks"),
+    [
+        ("wgmma:32:1:0", 40, 192, 2112, (512, 520, 1024)),
+        ("wgmma:64:1:0", 100, 192, 2112, (512, 520, 1024)),
+        ("wgmma:64:3:0", 60, 192, 448, (64, 512, 576)),
+        ("wgmma:128:1:64", 200, 192, 2112, (384, 392)),
+        ("wgmma:128:2:64", 200, 192, 320, (16, 384, 392)),
+        ("wgmma:128:3:128", 100, 192, 512, (16, 384, 392)),
+        ("wgmma:256:2:256", 300, 192, 2112, (16, 512)),
+    ],
+)
+@pytest.mark.parametrize("direction", ["forward", "dx"])
+def test_ranks_for_which_rings_wrap_around(monkeypatch, plan, rows, n, k, ranks, direction):
+    for rank in ranks:
+        test_forced_plans_with_an_adapter_meet_the_bound(monkeypatch, plan, rows, n, k, rank, direction)
+
+
 def check_adapted(x, y, exact, lora_A, lora_B, forward, bias=None):
     """y = x·Wᵀ + (x·Aᵀ / 2)·Bᵀ + bias, or the same the other way for dX, with the inner product rounded."""
     left, right, dense = (lora_A.T, lora_B.T, exact.T) if forward else (lora_B, lora_A, exact)
@@ -449,7 +469,7 @@ def check_adapted(x, y, exact, lora_A, lora_B, forward, bias=None):
 @pytest.mark.parametrize("rank", [16, 64])
 @pytest.mark.parametrize("direction", ["forward", "dx"])
 def test_a_linear_waits_for_the_product_that_runs_beside_it(monkeypatch, rank, direction):
-    """A product by few blocks ends behind all but the last step of small tiles; what the linear must not read is NaN."""
+    """Few blocks make the product end behind the linear's other steps; what it must not read is NaN."""
     rows, n, k = (1024, 512, 4096) if direction == "forward" else (1024, 4096, 512)
     force(monkeypatch, "wgmma:64:1:256", rows, n, k, rank, direction)
     weight, exact = quantized(n, k, device="cuda")

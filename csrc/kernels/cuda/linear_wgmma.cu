@@ -7,7 +7,8 @@
 // Decoded weights are never stored. Blocks are persistent; pairs of them (clusters) share the activations they copy.
 // Tiles that do not fill the GPU, be it all of them or those of a last wave, are shared by the blocks of a cluster,
 // which add their parts of the reduction through distributed shared memory. Few tokens leave registers for two teams of
-// consumers, which take every other step each: the time is then that of their instructions, not of the products.
+// consumers, which take every other step each, with all 128 rows: the time is then that of their instructions, not of
+// the products.
 //
 // Weights and their statistics are read before the previous kernel has ended; everything else waits for that, but
 // beside the kernel of an adapter (Parameters::beside).
@@ -30,7 +31,7 @@ namespace {
 
 constexpr int kStep = 64;
 constexpr int kTileW = 128;  // rows of the left operand a block
-constexpr int kTeam = 256;   // threads of a team of consumers: two warpgroups
+constexpr int kTeam = 256;   // threads of a team of consumers: two warpgroups. See Teams
 [[maybe_unused]] constexpr int kScaleWarps = 2;
 constexpr int kPackedBytes = kTileW * kStep / 2;  // of W, a step
 constexpr int kScaleBytes = 1024;                 // decoded absmax, a step
@@ -482,7 +483,7 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
       }
       __syncwarp();
     } else if (warp == kConsumers / 32 + 3) {
-      // Weights, which no kernel that lets this one start early writes.
+      // Weights, which no kernel writes that lets its successors start before it has ended.
       if (lane == 0) {
         Ring<L::kRing> ring;
         for (;;) {
@@ -760,8 +761,14 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
   Work work = work_at(p, turn, kTokens);
   if (kTeams == 2 && team == 1) {
     ring_w.advance();
-    for (int i = 0; i <= (kBlocks == 1 ? work.lora_steps : 0); ++i) ring.advance();
-    work.lora_steps = 0;  // the other team's
+    // Low-rank steps that come first are the other team's. Slots come around: that theirs have been filled is seen
+    // here, or a later turn of the ring could pass for this one.
+    for (int i = 0; i < (kBlocks == 1 ? work.lora_steps : 0); ++i) {
+      ptx::wait_barrier(full(ring.stage), ring.phase);
+      ring.advance();
+    }
+    ring.advance();
+    work.lora_steps = 0;
   }
   start();
   // Where registers allow it, a late step's factor waits in them.
@@ -846,6 +853,7 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
           sum[4 * j + i] = team == 0 ? own + other : other + own;
         }
       }
+      sync_threads<5>(kConsumers);  // what was read there may be overwritten by another block
       // Behind the last step, whichever team's it was.
       if ((work.steps & 1) != team) ring.retreat();
     } else if constexpr (kTeams == 2) {
@@ -1162,10 +1170,12 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
     p.whole = p.rounds * clusters * cluster - p.skipped;
     if (p.rounds == 0) clusters = units, p.whole = p.skipped = 0;
   }
-  // Two teams, where they pay: of few tokens with nothing beside, or of 128 with low-rank steps only at the end, each
-  // in a slot of its own.
+  // Two teams, where they pay: of few tokens with nothing beside, or of 128 with low-rank steps only at the end. Each
+  // of those steps has a slot of its own, and one team's first step another.
+  using L = Layout<kTokens>;
   const bool one_turn = clusters == units && p.rounds == 0 && p.skipped == 0;
-  const bool pays = kTokens == 128 ? rank == 0 || (p.beside && p.lora_steps <= Layout<kTokens>::kStages) : !p.beside;
+  const bool pays = kTokens == 128 ? rank == 0 || (p.beside && p.lora_steps <= L::kStages)
+                                   : !p.beside && p.lora_steps + 1 < L::kStages;
   const int teams = one_turn && pays && p.steps / p.split >= 2 ? kMostTeams : 1;
   const auto kernel = teams == 1 ? one_team : linear_wgmma_kernel<T, kDirection, kTokens, kMostTeams>;
   Launch shape = shape_of(reinterpret_cast<const void*>(kernel), teams);

@@ -1,5 +1,5 @@
 // The products of a LoRA adapter around the 4-bit linear: x·Aᵀ, dy·B and the gradients of A and B. All four are skinny,
-// with the rank (1 to 256) as one dimension of the output, and bound by reading the one large activation.
+// with the rank as one dimension of the output, and bound by reading the one large activation.
 #include <algorithm>
 #include <type_traits>
 

@@ -36,7 +36,7 @@ struct SkinnyProblem {
   const void *large, *small;
   int64_t reduction;
   SkinnyOutput output;
-  bool float_small = false;  // the small operand is float32 instead of the element type: lora_wgmma only
+  bool float_small = false;  // the small operand is float32 instead of the element type
   // The previous kernel, which let this one start only when all before it had ended, writes nothing that this one
   // reads: they run at the same time.
   bool beside_previous = false;
