@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import DataError
+from .launch import input_device
 from .tokens import IGNORED
 
 if TYPE_CHECKING:
@@ -48,11 +49,12 @@ def score_tokens(
         raise DataError("no text has two tokens or more within max_length, so there is nothing to predict.")
     rows.sort(key=lambda row: len(row[0]))  # rows of like length pad little
     total, right, count = 0.0, 0, 0
+    device = input_device(model)
     model.eval()
     for at in range(0, len(rows), batch_size):
         batch = rows[at : at + batch_size]
-        ids, mask = _pad([ids for ids, _ in batch], pad_token_id, model.device)
-        targets = _pad([labels for _, labels in batch], IGNORED, model.device)[0][:, 1:]
+        ids, mask = _pad([ids for ids, _ in batch], pad_token_id, device)
+        targets = _pad([labels for _, labels in batch], IGNORED, device)[0][:, 1:]
         # Only the positions that are counted go through the vocabulary's large product.
         first = int((targets != IGNORED).any(0).nonzero()[0])
         keep = torch.arange(first, ids.shape[1] - 1, device=ids.device)
@@ -119,7 +121,7 @@ def rank_labels(
     model.eval()
     prefix = None
     if shared > 0:
-        ids = torch.tensor([encoded[0][0][:shared]], device=model.device)
+        ids = torch.tensor([encoded[0][0][:shared]], device=input_device(model))
         prefix = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
     best: list[int] = [0] * len(encoded)
@@ -139,7 +141,7 @@ def accuracy(predicted: Sequence[int], expected: Sequence[int]) -> float:
 
 def _score(model, pad: int, prefix, shared: int, batch: list[tuple[list[int], list[list[int]]]]) -> torch.Tensor:
     """Mean log-probabilities (rows, labels) of each row's label tokens after its prompt."""
-    device = model.device
+    device = input_device(model)
     rows, count = len(batch), len(batch[0][1])
     # Prompts are padded on the left, so that every one ends where its labels begin.
     prompt, mask = _pad([ids[shared:] for ids, _ in batch], pad, device, left=True)

@@ -4,12 +4,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from .errors import ConfigError, require
 
-__all__ = ["is_main_process", "launch", "leave", "uses_fsdp"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["input_device", "is_main_process", "launch", "leave", "uses_fsdp"]
 
 
 def launch(engine: str | Path, words: list[str]) -> int:
@@ -52,3 +56,12 @@ def leave() -> None:
 def uses_fsdp() -> bool:
     """Whether accelerate shards the model."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def input_device(model: "torch.nn.Module") -> "torch.device":
+    """Where a model computes: not where its weights are, if FSDP2 keeps them in CPU memory between uses."""
+    import torch
+
+    weight = next(model.parameters())
+    mesh = getattr(weight, "device_mesh", None)  # of a sharded weight
+    return weight.device if mesh is None else torch.device(mesh.device_type)

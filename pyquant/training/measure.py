@@ -8,6 +8,7 @@ from .config import Config, DataConfig
 from .data import load_rows
 from .errors import ConfigError, require
 from .evaluate import rank_labels, score_tokens
+from .launch import input_device
 from .metrics import answer_scores, classification_scores
 from .tokens import encode_row, prompt_and_answer
 
@@ -72,7 +73,8 @@ class Measurements:
         training = model.training
         result: dict[str, Any] = {}
         # Random numbers of the training are not used up here, so that a run with measurements is the run without.
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        device = input_device(model)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             if self._prepared.eval is not None and (after or self._settings.before):
                 result |= self._held_out(model)
             if self._general is not None:

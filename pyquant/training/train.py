@@ -354,6 +354,10 @@ def build_trainer(
         run_name=Path(settings.output_dir).name,
         disable_tqdm=True,
     )
+    if arguments.n_gpu > 1:
+        # One process uses one GPU. Trainer would spread the batches over all of them with DataParallel, whose copies of
+        # 4-bit layers lack what the bytes mean; several GPUs are accelerate's.
+        arguments._n_gpu = 1
     trainer = CompletionTrainer(
         model=model,
         args=arguments,

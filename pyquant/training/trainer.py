@@ -31,6 +31,7 @@ class CompletionTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.accelerator.device.type != "cpu" or self.accelerator.num_processes > 1 or self.args.loss_type != "nll":
+            self._gather_head(model)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"][:, 1:]
         targets = labels != -100
@@ -46,3 +47,13 @@ class CompletionTrainer(SFTTrainer):
         right = (logits.detach().argmax(-1) == labels[targets]).float().mean().item()
         self._metrics["train" if self.model.training else "eval"]["mean_token_accuracy"].append(right)
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _gather_head(self, model: torch.nn.Module) -> None:
+        """Let FSDP2 gather the output layer; the backward pass shards it again.
+
+        FSDP2 does so for layers that are called, but TRL's loss takes this one's weight without a call. It gathers a
+        shard by itself: an offloaded one on the CPU, and a trained one without the gradients of the other processes.
+        """
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        if hasattr(head, "unshard"):
+            head.unshard()
