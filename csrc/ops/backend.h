@@ -132,10 +132,8 @@ class Cuda {
                         float scaling, const Dropout& dropout, Tensor& xa, Tensor& y) const {
     const int64_t rank = adapter.rank;
     cuda::LowRank lora{xa.data_ptr(), adapter.b.data_ptr(), rank, !dropout.active(), false};
-    const Factor a(adapter.a, x.dtype, [&] {
-      return cuda::lora_down_reads_float(weight, x.dtype, x.rows, rank, x.data(), adapter.a.data_ptr(), dropout);
-    });
-    const Factor b(adapter.b, x.dtype,
+    const Factor a(adapter.a, x.dtype, stream_, [&] { return cuda::lora_down_reads_float(x.dtype, x.rows, dropout); });
+    const Factor b(adapter.b, x.dtype, stream_,
                    [&] { return cuda::linear_4bit_reads_float(weight, x.dtype, x.rows, x.data(), lora); });
     lora.factor = b.data(), lora.float_factor = b.is_float;
     lora.begun = cuda::lora_down(weight, x.dtype, x.rows, rank, x.data(), a.data(), a.is_float, scaling, dropout,
@@ -147,16 +145,14 @@ class Cuda {
                            const Dropout& dropout, bool needs_dx, Tensor& dya, Tensor& dx) const {
     const int64_t rank = adapter.rank;
     cuda::LowRank lora{dya.data_ptr(), adapter.a.data_ptr(), rank, !dropout.active(), false};
-    const Factor b(adapter.b, dy.dtype, [&] {
-      return cuda::lora_dya_reads_float(weight, dy.dtype, dy.rows, rank, dy.data(), adapter.b.data_ptr());
-    });
+    const Factor b(adapter.b, dy.dtype, stream_, [] { return false; });
     std::optional<Factor> a;
     if (needs_dx) {
-      a.emplace(adapter.a, dy.dtype,
+      a.emplace(adapter.a, dy.dtype, stream_,
                 [&] { return cuda::linear_4bit_dx_reads_float(weight, dy.dtype, dy.rows, dy.data(), lora); });
       lora.factor = a->data(), lora.float_factor = a->is_float;
     }
-    lora.begun = cuda::lora_dya(weight, dy.dtype, dy.rows, rank, dy.data(), b.data(), b.is_float, scaling,
+    lora.begun = cuda::lora_dya(weight, dy.dtype, dy.rows, rank, dy.data(), b.data(), scaling,
                                 needs_dx && !dropout.active(), dya.data_ptr(), stream_);
     if (needs_dx) linear_4bit_dx(weight, dy, lora, dropout, dx);
   }
@@ -185,9 +181,16 @@ class Cuda {
     bool is_float;
     Tensor values;
     template <typename ReadsFloat>
-    Factor(const Tensor& factor, DType dtype, const ReadsFloat& reads_float)
-        : is_float(dtype != DType::kFloat32 && factor.scalar_type() == ScalarType::Float && reads_float()),
-          values(is_float ? factor : in_dtype(factor, dtype)) {}
+    Factor(const Tensor& factor, DType dtype, cudaStream_t stream, const ReadsFloat& reads_float)
+        : is_float(dtype != DType::kFloat32 && factor.scalar_type() == ScalarType::Float), values(factor) {
+      if (!is_float) {
+        values = in_dtype(factor, dtype);
+      } else if (!reads_float()) {
+        is_float = false;
+        values = torch::stable::new_empty(factor, {factor.size(0), factor.size(1)}, scalar_type_of(dtype));
+        cuda::round_factor(dtype, ops::data<float>(factor), factor.numel(), values.data_ptr(), stream);
+      }
+    }
     const void* data() const { return values.data_ptr(); }
   };
 

@@ -492,6 +492,24 @@ void lora_down_few_rows(const std::string& problem, const Dense<T>& x, const Den
   launch_kernel("lora_down", problem, {grid, kFewThreads, 0, stream, cluster, true}, kernel, x, a, scaling, xa);
 }
 
+// --- float32 factors for kernels that take them in the activations' dtype ---
+
+constexpr int kRoundedTogether = 4;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) round_factor_kernel(const float* from, int64_t count, bool vector, T* to) {
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
+  const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kRoundedTogether;
+  if (first >= count) return;
+  if (vector) {
+    const float4 v = *reinterpret_cast<const float4*>(from + first);
+    *reinterpret_cast<uint2*>(to + first) = make_uint2(pack_pair<T>(v.x, v.y), pack_pair<T>(v.z, v.w));
+    return;
+  }
+  for (int64_t i = first; i < min(first + kRoundedTogether, count); ++i) to[i] = from_float<T>(from[i]);
+}
+
 // --- Gradients: the reduction over m in parts ---
 
 // Parts that a kernel of its own adds up, where clusters do not: enough blocks to fill the GPU a few times over, but no
@@ -523,7 +541,7 @@ void lora_grad(const char* name, DType dtype, int64_t m, int64_t columns, int64_
   const Output output{{grad, true, columns, rank, outer_stride, rank_stride, alpha}, partial};
   const std::string problem =
       "of " + std::to_string(m) + " rows, " + std::to_string(columns) + " columns and rank " + std::to_string(rank);
-  const SkinnyProblem skinny{large, small, m, output, false, beside_previous};
+  const SkinnyProblem skinny{large, small, m, output, beside_previous};
   if (!dropout.active() && lora_wgmma(name, problem, dtype, true, true, skinny, stream)) return;
   if (dtype == DType::kFloat32) {
     skinny_simt(name, problem, {static_cast<const float*>(large), columns, 1, columns},
@@ -545,17 +563,19 @@ void lora_grad(const char* name, DType dtype, int64_t m, int64_t columns, int64_
 
 }  // namespace
 
-bool lora_down_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x,
-                           const void* a, const Dropout& dropout) {
-  if (dtype == DType::kFloat32 || dropout.active()) return false;
-  return m <= kFewRows ||
-         lora_wgmma_legal(dtype, false, false, {x, a, weight.k, {nullptr, false, m, rank, rank, 1, 1.0f}, true});
+void round_factor(DType dtype, const float* from, int64_t count, void* to, cudaStream_t stream) {
+  if (count <= 0) return;
+  const bool vector = aligned_16(from) && aligned_16(to) && count % kRoundedTogether == 0;
+  const unsigned grid = grid_size(ceil_div(count, int64_t{kThreads} * kRoundedTogether), "round_factor");
+  with_half_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    launch_kernel("round_factor", "of " + std::to_string(count) + " elements", {grid, kThreads, 0, stream, 1, true},
+                  round_factor_kernel<T>, from, count, vector, static_cast<T*>(to));
+  });
 }
 
-bool lora_dya_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy,
-                          const void* b) {
-  return m > 0 &&
-         lora_wgmma_legal(dtype, false, true, {dy, b, weight.n, {nullptr, false, m, rank, rank, 1, 1.0f}, true});
+bool lora_down_reads_float(DType dtype, int64_t m, const Dropout& dropout) {
+  return dtype != DType::kFloat32 && m <= kFewRows && !dropout.active();
 }
 
 const uint32_t* lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x,
@@ -579,7 +599,7 @@ const uint32_t* lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m,
   const Output output{{xa, false, m, rank, rank, 1, alpha}, nullptr};
   if (!dropout.active()) {
     const LinearPlan plan = plan_lora_linear(LinearDirection::kForward, weight, dtype, m, rank);
-    const SkinnyProblem skinny{x, a, k, output, float_a, false, plan.beside, plan.cluster()};
+    const SkinnyProblem skinny{x, a, k, output, false, plan.beside, plan.cluster()};
     if (const auto begun = lora_wgmma("lora_down", problem, dtype, false, false, skinny, stream)) return *begun;
   }
   if (dtype == DType::kFloat32) {
@@ -596,14 +616,14 @@ const uint32_t* lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m,
 }
 
 const uint32_t* lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy,
-                         const void* b, bool float_b, float scaling, bool beside, void* dya, cudaStream_t stream) {
+                         const void* b, float scaling, bool beside, void* dya, cudaStream_t stream) {
   const int64_t n = weight.n;
   if (m <= 0 || rank <= 0) return nullptr;
   const std::string problem =
       "of " + std::to_string(m) + " rows, " + std::to_string(n) + " columns and rank " + std::to_string(rank);
   const Dropout no_dropout{nullptr, 0, 1.0f};
   const Output output{{dya, false, m, rank, rank, 1, scaling}, nullptr};
-  SkinnyProblem skinny{dy, b, n, output, float_b};
+  SkinnyProblem skinny{dy, b, n, output};
   if (beside) {
     const LinearPlan plan = plan_lora_linear(LinearDirection::kDx, weight, dtype, m, rank);
     skinny.beside_rows = plan.beside, skinny.beside_cluster = plan.cluster();

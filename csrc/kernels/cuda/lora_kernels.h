@@ -36,7 +36,6 @@ struct SkinnyProblem {
   const void *large, *small;
   int64_t reduction;
   SkinnyOutput output;
-  bool float_small = false;  // the small operand is float32 instead of the element type
   // The previous kernel, which let this one start only when all before it had ended, writes nothing that this one
   // reads: they run at the same time.
   bool beside_previous = false;
@@ -44,11 +43,10 @@ struct SkinnyProblem {
   int beside_rows = 0, beside_cluster = 1;
 };
 
-// Many rows on Hopper; nothing, and nothing launched, where it is not for the device, the type or the shape, as
-// lora_wgmma_legal says. Returns LowRank::begun (kernels.h). large_by_step: the large operand is [reduction, outer],
-// else [outer, reduction]; small_by_step: the small one is [reduction, rank], else [rank, reduction]. A large operand
-// by steps goes with a small one by steps.
-bool lora_wgmma_legal(DType dtype, bool large_by_step, bool small_by_step, const SkinnyProblem& skinny);
+// Many rows on Hopper; nothing, and nothing launched, where it is not for the device, the type or the shape. Returns
+// LowRank::begun (kernels.h). large_by_step: the large operand is [reduction, outer], else [outer, reduction];
+// small_by_step: the small one is [reduction, rank], else [rank, reduction]. A large operand by steps goes with a small
+// one by steps.
 std::optional<const uint32_t*> lora_wgmma(const char* name, const std::string& problem, DType dtype, bool large_by_step,
                                           bool small_by_step, const SkinnyProblem& skinny, cudaStream_t stream);
 

@@ -7,9 +7,6 @@
 // by reading the large operand: where tiles are too few to keep memory busy, the blocks of a cluster share the
 // reduction of one, send each other their parts of its rows, and each adds up its share in order.
 //
-// A float32 factor beside 16-bit activations is rounded by the warpgroups, from where the accelerator leaves it to
-// tiles of the element type.
-//
 // Or, for x·Aᵀ and dy·B beside the linear that needs them last (LinearPlan::beside): as few blocks as finish in time,
 // of up to four warpgroups for 64 rows each, on the multiprocessors that the linear leaves free. They let it start
 // before they wait for the kernels before, so that its own beginning is over by then, and tell it in a word of memory
@@ -36,16 +33,12 @@ constexpr unsigned kLargestCluster = 8;
 constexpr int kInboxRow = kTile + 4;  // floats: neither rows nor columns meet more than twice in a bank
 
 // By the number of warpgroups that multiply.
-template <int kGroups, bool kFloatSmall>
+template <int kGroups>
 struct Layout {
-  static constexpr int kStages = kFloatSmall && kGroups == 4 ? 4 : 5;
+  static constexpr int kStages = 5;  // two blocks of one group fit an SM, and one of four
   static constexpr int kConsumers = 128 * kGroups, kThreads = kConsumers + 32;
-  static constexpr int kSmallBytes = kTile * kTile * (kFloatSmall ? 4 : 2);
-  static constexpr int kLargeBytes = kGroups * kOperandBytes, kStageBytes = kLargeBytes + kSmallBytes;
-  // Tiles of the rounded small operand: one is written while some group's products may still read two others.
-  static constexpr int kRounded = kFloatSmall ? 3 : 0;
-  static constexpr int kSharedBytes = kStages * kStageBytes + kRounded * kOperandBytes + 1024;  // to align it
-  static_assert(kSharedBytes + (kGroups == 1 ? kTile * kInboxRow * 4 : 0) + 256 <= 227 * 1024);
+  static constexpr int kLargeBytes = kGroups * kOperandBytes, kStageBytes = kLargeBytes + kOperandBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes + 1024;  // to align it
 };
 
 // Words for `begun`. Launches that are not captured take them in turn: far more than can be in flight.
@@ -64,13 +57,12 @@ struct Parameters {
 
 // kLargeByStep: the large operand is [reduction, outer], else [outer, reduction]; kSmallByStep: the small one is
 // [reduction, rank], else [rank, reduction].
-template <typename T, bool kLargeByStep, bool kSmallByStep, int kGroups, bool kFloatSmall>
-__global__ void __launch_bounds__(Layout<kGroups, kFloatSmall>::kThreads)
-    lora_wgmma_kernel(const __grid_constant__ Parameters p) {
+template <typename T, bool kLargeByStep, bool kSmallByStep, int kGroups>
+__global__ void __launch_bounds__(Layout<kGroups>::kThreads) lora_wgmma_kernel(const __grid_constant__ Parameters p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using L = Layout<kGroups, kFloatSmall>;
+  using L = Layout<kGroups>;
   constexpr int kStages = L::kStages, kConsumers = L::kConsumers;
-  static_assert((kGroups == 1 && !kFloatSmall) || !kLargeByStep);
+  static_assert(kGroups == 1 || !kLargeByStep);
   extern __shared__ __align__(1024) unsigned char dynamic_shared[];
   // [block][row of this block's share][column]
   __shared__ alignas(8) float inbox[kGroups == 1 ? kTile * kInboxRow : 1];
@@ -137,26 +129,8 @@ __global__ void __launch_bounds__(Layout<kGroups, kFloatSmall>::kThreads)
   for (int step = 0; step < steps; ++step) {
     const int stage = step % kStages;
     ptx::wait_barrier(&full[stage], step / kStages & 1);
-    uint32_t small = small_at(stage);
-    if constexpr (kFloatSmall) {
-      // Rows of 64 floats to rows of 64 elements, as the accelerator would swizzle them.
-      const uint32_t rounded = stages + kStages * L::kStageBytes + step % L::kRounded * kOperandBytes;
-#pragma unroll
-      for (int i = 0; i < kTile * kTile / 8 / kConsumers; ++i) {
-        const int piece = threadIdx.x + i * kConsumers, row = piece / 8, at = piece % 8;
-        if (8 * (kSmallByStep ? at : row / 8) >= columns) continue;  // beyond the rank
-        const uint4 low = ptx::load_16(small + row * kTile * 4 + at * 32);
-        const uint4 high = ptx::load_16(small + row * kTile * 4 + at * 32 + 16);
-        const auto pair = [](uint32_t x, uint32_t y) { return pack_pair<T>(__uint_as_float(x), __uint_as_float(y)); };
-        ptx::store_16(rounded + row * 128 + (at ^ (row & 7)) * 16,
-                      make_uint4(pair(low.x, low.y), pair(low.z, low.w), pair(high.x, high.y), pair(high.z, high.w)));
-      }
-      ptx::fence_async_proxy();
-      asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
-      small = rounded;
-    }
     // 16 along the reduction are 32 bytes of a row, or 16 rows of 128.
-    const uint32_t a = ptx::operand_128(large_at(stage) + group * kOperandBytes), b = ptx::operand_128(small);
+    const uint32_t a = ptx::operand_128(large_at(stage) + group * kOperandBytes), b = ptx::operand_128(small_at(stage));
     ptx::fence_products();
 #pragma unroll
     for (int chunk = 0; chunk < 4; ++chunk) {
@@ -229,32 +203,30 @@ uint32_t* take_word(cudaStream_t stream) {
   return index < kWords ? device.words + index : nullptr;
 }
 
-template <typename T, bool kLargeByStep, bool kSmallByStep, int kGroups, bool kFloatSmall>
+template <typename T, bool kLargeByStep, bool kSmallByStep, int kGroups>
 const uint32_t* launch(const char* name, const std::string& problem, const SkinnyProblem& s, cudaStream_t stream) {
-  using L = Layout<kGroups, kFloatSmall>;
+  using L = Layout<kGroups>;
   constexpr CUtensorMapDataType kElement =
       std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const auto map = [&](const void* data, bool is_float, bool by_step, int64_t size, int rows_of_tile) {
+  const auto map = [&](const void* data, bool by_step, int64_t size, int rows_of_tile) {
     const int64_t rows = by_step ? s.reduction : size, columns = by_step ? size : s.reduction;
-    return make_tensor_map(data, is_float ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : kElement, rows, columns,
-                           columns * (is_float ? 4 : 2), rows_of_tile, kTile,
-                           is_float ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B);
+    return make_tensor_map(data, kElement, rows, columns, columns * 2, rows_of_tile, kTile, CU_TENSOR_MAP_SWIZZLE_128B);
   };
   // The accelerator takes as long for a row of zeros as for one it reads: none beyond the rank, where that is rows.
   // What stands there then is multiplied all the same, and not stored.
   const int small_rows =
       kSmallByStep ? kTile : static_cast<int>(std::min<int64_t>(kTile, ceil_div(s.output.rank, 8) * 8));
   Parameters p{};
-  p.large = map(s.large, false, kLargeByStep, s.output.outer, kGroups * kTile);
-  p.small = map(s.small, kFloatSmall, kSmallByStep, s.output.rank, small_rows);
-  p.stage_bytes = L::kLargeBytes + L::kSmallBytes / kTile * small_rows;
+  p.large = map(s.large, kLargeByStep, s.output.outer, kGroups * kTile);
+  p.small = map(s.small, kSmallByStep, s.output.rank, small_rows);
+  p.stage_bytes = L::kLargeBytes + small_rows * kTile * 2;
   p.output = s.output;
   p.steps = static_cast<int>(ceil_div(s.reduction, kTile));
   p.rank_tiles = static_cast<int>(ceil_div(s.output.rank, kTile));
   p.beside_previous = s.beside_previous;
   p.begun = s.beside_rows > 0 ? take_word(stream) : nullptr;
   p.parts = 1;
-  const auto kernel = lora_wgmma_kernel<T, kLargeByStep, kSmallByStep, kGroups, kFloatSmall>;
+  const auto kernel = lora_wgmma_kernel<T, kLargeByStep, kSmallByStep, kGroups>;
   allow_shared_memory(reinterpret_cast<const void*>(kernel), name, L::kSharedBytes);
   int64_t blocks = ceil_div(s.output.outer, kGroups * kTile) * p.rank_tiles;
   unsigned cluster = 1;
@@ -277,45 +249,40 @@ const uint32_t* launch(const char* name, const std::string& problem, const Skinn
   return p.begun;
 }
 
-template <typename T, bool kSmallByStep, bool kFloatSmall>
+template <typename T, bool kSmallByStep>
 const uint32_t* launch_groups(const char* name, const std::string& problem, const SkinnyProblem& s,
                               cudaStream_t stream) {
   switch (s.beside_rows) {
     case 256:
-      return launch<T, false, kSmallByStep, 4, kFloatSmall>(name, problem, s, stream);
+      return launch<T, false, kSmallByStep, 4>(name, problem, s, stream);
     case 128:
-      return launch<T, false, kSmallByStep, 2, kFloatSmall>(name, problem, s, stream);
+      return launch<T, false, kSmallByStep, 2>(name, problem, s, stream);
     default:
-      return launch<T, false, kSmallByStep, 1, kFloatSmall>(name, problem, s, stream);
+      return launch<T, false, kSmallByStep, 1>(name, problem, s, stream);
   }
 }
 
 }  // namespace
 
-bool lora_wgmma_legal(DType dtype, bool large_by_step, bool small_by_step, const SkinnyProblem& s) {
+std::optional<const uint32_t*> lora_wgmma(const char* name, const std::string& problem, DType dtype, bool large_by_step,
+                                          bool small_by_step, const SkinnyProblem& s, cudaStream_t stream) {
   // The accelerator wants rows of multiples of 16 bytes.
   const int64_t large_row = large_by_step ? s.output.outer : s.reduction;
   const int64_t small_row = small_by_step ? s.output.rank : s.reduction;
   constexpr int64_t kLimit = int64_t{1} << 30;
-  return has_sm_90a_code() && dtype != DType::kFloat32 && large_row % 8 == 0 && small_row % 8 == 0 &&
-         aligned_16(s.large) && aligned_16(s.small) && s.output.rank > 0 &&
-         std::max({s.reduction, s.output.outer, s.output.rank}) < kLimit && !(s.float_small && large_by_step);
-}
-
-std::optional<const uint32_t*> lora_wgmma(const char* name, const std::string& problem, DType dtype, bool large_by_step,
-                                          bool small_by_step, const SkinnyProblem& s, cudaStream_t stream) {
-  if (!lora_wgmma_legal(dtype, large_by_step, small_by_step, s)) return std::nullopt;
+  if (!has_sm_90a_code() || dtype == DType::kFloat32 || large_row % 8 != 0 || small_row % 8 != 0 ||
+      !aligned_16(s.large) || !aligned_16(s.small) || s.output.rank <= 0 ||
+      std::max({s.reduction, s.output.outer, s.output.rank}) >= kLimit) {
+    return std::nullopt;
+  }
   const uint32_t* begun = nullptr;
   with_half_type(dtype, [&](auto element) {
     using T = decltype(element);
     if (large_by_step) {
-      begun = launch<T, true, true, 1, false>(name, problem, s, stream);
-    } else if (small_by_step) {
-      begun = s.float_small ? launch_groups<T, true, true>(name, problem, s, stream)
-                            : launch_groups<T, true, false>(name, problem, s, stream);
+      begun = launch<T, true, true, 1>(name, problem, s, stream);
     } else {
-      begun = s.float_small ? launch_groups<T, false, true>(name, problem, s, stream)
-                            : launch_groups<T, false, false>(name, problem, s, stream);
+      begun = small_by_step ? launch_groups<T, true>(name, problem, s, stream)
+                            : launch_groups<T, false>(name, problem, s, stream);
     }
   });
   return begun;
