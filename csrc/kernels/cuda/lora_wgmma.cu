@@ -51,9 +51,8 @@ struct Parameters {
   int steps, rank_tiles;
   int stage_bytes;  // that are copied
   bool beside_previous;
-  bool early;       // lets the next kernel start before it waits
-  uint32_t* begun;  // and sets this, or null
-  int parts;        // blocks of a cluster that share a tile, or 1, and then a cluster is only to lie side by side
+  uint32_t* begun;
+  int parts;  // blocks of a cluster that share a tile, or 1, and then a cluster is only to lie side by side
 };
 
 // kLargeByStep: the large operand is [reduction, outer], else [outer, reduction]; kSmallByStep: the small one is
@@ -95,12 +94,12 @@ __global__ void __launch_bounds__(Layout<kGroups>::kThreads) lora_wgmma_kernel(c
   }
   __syncthreads();
   if (parts > 1) ptx::arrive_cluster_relaxed();
-  if (p.early) {
+  if (p.begun != nullptr) {
     ptx::let_next_kernel_start();
     ptx::wait_for_previous_kernel();
     // Without releasing: what the kernels before wrote is where the linear looks, in L2, or that wait had not ended. A
     // release would take as long as the linear's first activations do.
-    if (p.begun != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ptx::store_word(p.begun, 1);
+    if (blockIdx.x == 0 && threadIdx.x == 0) ptx::store_word(p.begun, 1);
   } else if (!p.beside_previous) {
     ptx::wait_for_previous_kernel(), ptx::let_next_kernel_start();
   }
@@ -178,69 +177,10 @@ __global__ void __launch_bounds__(Layout<kGroups>::kThreads) lora_wgmma_kernel(c
 #endif
 }
 
-template <typename T, bool kLargeByStep, bool kSmallByStep, int kGroups>
-const uint32_t* launch(const char* name, const std::string& problem, const SkinnyProblem& s, cudaStream_t stream) {
-  using L = Layout<kGroups>;
-  constexpr CUtensorMapDataType kElement =
-      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const auto map = [&](const void* data, bool by_step, int64_t size, int rows_of_tile) {
-    const int64_t rows = by_step ? s.reduction : size, columns = by_step ? size : s.reduction;
-    return make_tensor_map(data, kElement, rows, columns, columns * 2, rows_of_tile, kTile, CU_TENSOR_MAP_SWIZZLE_128B);
-  };
-  // The accelerator takes as long for a row of zeros as for one it reads: none beyond the rank, where that is rows.
-  // What stands there then is multiplied all the same, and not stored.
-  const int small_rows =
-      kSmallByStep ? kTile : static_cast<int>(std::min<int64_t>(kTile, ceil_div(s.output.rank, 8) * 8));
-  Parameters p{};
-  p.large = map(s.large, kLargeByStep, s.output.outer, kGroups * kTile);
-  p.small = map(s.small, kSmallByStep, s.output.rank, small_rows);
-  p.stage_bytes = L::kLargeBytes + small_rows * kTile * 2;
-  p.output = s.output;
-  p.steps = static_cast<int>(ceil_div(s.reduction, kTile));
-  p.rank_tiles = static_cast<int>(ceil_div(s.output.rank, kTile));
-  p.beside_previous = s.beside_previous;
-  p.begun = s.beside_rows > 0 && s.begun == nullptr ? next_word(stream) : nullptr;
-  p.early = p.begun != nullptr || s.begun != nullptr;
-  p.parts = 1;
-  const auto kernel = lora_wgmma_kernel<T, kLargeByStep, kSmallByStep, kGroups>;
-  allow_shared_memory(reinterpret_cast<const void*>(kernel), name, L::kSharedBytes);
-  int64_t blocks = ceil_div(s.output.outer, kGroups * kTile) * p.rank_tiles;
-  unsigned cluster = 1;
-  if (s.beside_rows > 0) {
-    // A cluster leaves room for whole clusters.
-    cluster = static_cast<unsigned>(s.beside_cluster);
-    blocks = ceil_div(blocks, int64_t{cluster}) * cluster;
-  } else {
-    // A block on every SM, or on half of them for the two gradients, which run side by side; each with four steps or
-    // more. (Two blocks may fit an SM, but then twice as much is exchanged.)
-    const int64_t room = current_device().sm_count / (kLargeByStep ? 2 : 1);
-    while (2 * cluster <= kLargestCluster && blocks * cluster * 2 <= room && p.steps >= static_cast<int>(8 * cluster)) {
-      cluster *= 2;
-    }
-    p.parts = static_cast<int>(cluster);
-    blocks *= cluster;
-  }
-  const Launch shape{grid_size(blocks, name), L::kThreads, L::kSharedBytes, stream, cluster, true};
-  launch_kernel(name, problem, shape, kernel, p);
-  return s.begun != nullptr ? s.begun : p.begun;
-}
-
-template <typename T, bool kSmallByStep>
-const uint32_t* launch_groups(const char* name, const std::string& problem, const SkinnyProblem& s,
-                              cudaStream_t stream) {
-  switch (s.beside_rows) {
-    case 256:
-      return launch<T, false, kSmallByStep, 4>(name, problem, s, stream);
-    case 128:
-      return launch<T, false, kSmallByStep, 2>(name, problem, s, stream);
-    default:
-      return launch<T, false, kSmallByStep, 1>(name, problem, s, stream);
-  }
-}
-
-}  // namespace
-
-uint32_t* next_word(cudaStream_t stream) {
+// A word that no other launch uses while this one is in flight, nor ever if the stream is being captured: a graph's
+// launches may run whenever it is replayed. Null when none is left. (Two executable graphs made from one captured graph
+// share their words: they must not run at the same time.)
+uint32_t* take_word(cudaStream_t stream) {
   struct OfDevice {
     std::once_flag known;
     uint32_t* words = nullptr;
@@ -262,6 +202,67 @@ uint32_t* next_word(cudaStream_t stream) {
   const uint32_t index = device.captured++;
   return index < kWords ? device.words + index : nullptr;
 }
+
+template <typename T, bool kLargeByStep, bool kSmallByStep, int kGroups>
+const uint32_t* launch(const char* name, const std::string& problem, const SkinnyProblem& s, cudaStream_t stream) {
+  using L = Layout<kGroups>;
+  constexpr CUtensorMapDataType kElement =
+      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto map = [&](const void* data, bool by_step, int64_t size, int rows_of_tile) {
+    const int64_t rows = by_step ? s.reduction : size, columns = by_step ? size : s.reduction;
+    return make_tensor_map(data, kElement, rows, columns, columns * 2, rows_of_tile, kTile, CU_TENSOR_MAP_SWIZZLE_128B);
+  };
+  // The accelerator takes as long for a row of zeros as for one it reads: none beyond the rank, where that is rows.
+  // What stands there then is multiplied all the same, and not stored.
+  const int small_rows =
+      kSmallByStep ? kTile : static_cast<int>(std::min<int64_t>(kTile, ceil_div(s.output.rank, 8) * 8));
+  Parameters p{};
+  p.large = map(s.large, kLargeByStep, s.output.outer, kGroups * kTile);
+  p.small = map(s.small, kSmallByStep, s.output.rank, small_rows);
+  p.stage_bytes = L::kLargeBytes + small_rows * kTile * 2;
+  p.output = s.output;
+  p.steps = static_cast<int>(ceil_div(s.reduction, kTile));
+  p.rank_tiles = static_cast<int>(ceil_div(s.output.rank, kTile));
+  p.beside_previous = s.beside_previous;
+  p.begun = s.beside_rows > 0 ? take_word(stream) : nullptr;
+  p.parts = 1;
+  const auto kernel = lora_wgmma_kernel<T, kLargeByStep, kSmallByStep, kGroups>;
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), name, L::kSharedBytes);
+  int64_t blocks = ceil_div(s.output.outer, kGroups * kTile) * p.rank_tiles;
+  unsigned cluster = 1;
+  if (s.beside_rows > 0) {
+    // A cluster leaves room for whole clusters.
+    cluster = static_cast<unsigned>(s.beside_cluster);
+    blocks = ceil_div(blocks, int64_t{cluster}) * cluster;
+  } else {
+    // A block on every SM, or on half of them for the two gradients, which run side by side; each with four steps or
+    // more. (Two blocks may fit an SM, but then twice as much is exchanged.)
+    const int64_t room = current_device().sm_count / (kLargeByStep ? 2 : 1);
+    while (2 * cluster <= kLargestCluster && blocks * cluster * 2 <= room && p.steps >= static_cast<int>(8 * cluster)) {
+      cluster *= 2;
+    }
+    p.parts = static_cast<int>(cluster);
+    blocks *= cluster;
+  }
+  const Launch shape{grid_size(blocks, name), L::kThreads, L::kSharedBytes, stream, cluster, true};
+  launch_kernel(name, problem, shape, kernel, p);
+  return p.begun;
+}
+
+template <typename T, bool kSmallByStep>
+const uint32_t* launch_groups(const char* name, const std::string& problem, const SkinnyProblem& s,
+                              cudaStream_t stream) {
+  switch (s.beside_rows) {
+    case 256:
+      return launch<T, false, kSmallByStep, 4>(name, problem, s, stream);
+    case 128:
+      return launch<T, false, kSmallByStep, 2>(name, problem, s, stream);
+    default:
+      return launch<T, false, kSmallByStep, 1>(name, problem, s, stream);
+  }
+}
+
+}  // namespace
 
 std::optional<const uint32_t*> lora_wgmma(const char* name, const std::string& problem, DType dtype, bool large_by_step,
                                           bool small_by_step, const SkinnyProblem& s, cudaStream_t stream) {
