@@ -177,6 +177,7 @@ LinearPlan wgmma_plan(const LinearProblem& p, int tokens, int split, int beside)
                                     : Cost{0.363, 0.414, 0.86, 0.56, 1.35};
   constexpr double kBusy = 2.0;
   const bool one_turn = rounds == (split == 1 ? 1 : 0) && steps >= 2 * split;
+  // As linear_wgmma.cu's launch decides, by the slots of its ring: 6 of 128 tokens, 10 of fewer.
   const bool teams = one_turn && (tokens == 128 ? p.rank == 0 || (beside > 0 && lora <= 6) : beside == 0 && lora <= 8);
   const double step = (p.direction == LinearDirection::kForward ? cost.forward : cost.dx) * (teams ? cost.teams : 1.0);
   const double shared = std::ceil(steps / split) * step + cost.tile;  // and the exchange

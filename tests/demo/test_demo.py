@@ -62,14 +62,9 @@ def test_another_runs_checkpoints_are_left_alone(tmp_path):
 
 
 @pytest.mark.assets
-def test_the_demo_at_its_smallest(tmp_path):
+def test_the_demo_at_its_smallest(tmp_path, fetched):
     """All of the job on the real model and data, in too few steps to learn anything; twice, to the same result."""
-    results = []
-    for _ in range(2):
-        try:
-            results.append(demo(tmp_path, Sizes.small(), console=Console(quiet=True)))
-        except AssetError as error:
-            pytest.skip(str(error))
+    results = [fetched(demo, tmp_path, Sizes.small(), console=Console(quiet=True)) for _ in range(2)]
     first, second = results
     before, four, after = (first["results"][key] for key in ("16-bit", "4-bit", "4-bit + adapter"))
     assert before["linear_bytes"] == 2 * 106_168_320

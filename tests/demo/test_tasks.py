@@ -72,12 +72,9 @@ def test_a_task_names_its_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.assets
-def test_the_dialogues_are_chatterbots(monkeypatch):
+def test_the_dialogues_are_chatterbots(fetched):
     from pyquant.demo import assets
 
-    try:
-        found = assets.dialogues()
-    except assets.AssetError as error:
-        pytest.skip(str(error))
+    found = fetched(assets.dialogues)
     assert len(found) == 2026
     assert ("science", ["what is chemistry", "the science of mixing chemicals."]) in found

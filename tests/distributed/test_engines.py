@@ -238,12 +238,16 @@ def test_a_missing_engine_is_named(folder, tmp_path):
 
 
 def test_deepspeed_is_asked_for_by_name(folder):
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError:
-        command = [*PYQUANT, "train", str(folder / "run.yaml"), "--config"]
-        result = subprocess.run([*command, str(CONFIGS / "zero2.yaml")], capture_output=True, text=True, timeout=120)
-        assert result.returncode == 1
-        assert "deepspeed is not installed; install it with: pip install deepspeed." in result.stderr
-    else:
-        pytest.skip("DeepSpeed is installed")
+    without = "import sys; sys.modules['deepspeed'] = None; from pyquant.cli import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        without,
+        "train",
+        str(folder / "run.yaml"),
+        "--config",
+        str(CONFIGS / "zero2.yaml"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert "deepspeed is not installed; install it with: pip install deepspeed." in result.stderr

@@ -24,7 +24,7 @@ def example(tmp_path):
         command = [sys.executable, str(EXAMPLES / script), *map(str, words)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
         if done.returncode == 1 and "cannot be fetched" in done.stderr:
-            pytest.skip(done.stderr.strip().splitlines()[-1])
+            pytest.skip(f"needs the package index: {done.stderr.strip().splitlines()[-1]}")
         assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout if code == 0 else done.stderr
 

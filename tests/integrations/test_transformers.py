@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig
 from transformers import TrainingArguments as Arguments
 
 import pyquant
+import pyquant.functional as F
 from pyquant import PyQuantConfig
 from pyquant.integrations import transformers as integration
 from pyquant.nn import Linear4bit
@@ -372,6 +373,24 @@ def test_trainer_takes_it_with_an_adapter_and_not_without(folder, tmp_path):
     assert len(losses[0]) == 4
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=0)
     assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_the_loader_is_told_the_4bit_models_size(folder, monkeypatch, double_quant):
+    """By which it allocates on a GPU beforehand, and places layers on devices."""
+    told = []
+    prepare = integration.PyQuantQuantizer._process_model_before_weight_loading
+
+    def prepare_and_add_up(self, model, **kwargs):
+        prepare(self, model, **kwargs)
+        told.append(sum(p.numel() * self.param_element_size(model, name, p) for name, p in model.named_parameters()))
+
+    monkeypatch.setattr(integration.PyQuantQuantizer, "_process_model_before_weight_loading", prepare_and_add_up)
+    model = load(folder, PyQuantConfig(verbose=False, double_quant=double_quant))
+    held = sum(p.nbytes for p in model.parameters())
+    for layer in layers(model).values():
+        held += sum(t.nbytes for t in F.statistics(layer.weight.quant_state)[:2] if t is not None)
+    assert told == [pytest.approx(held, rel=0.02)]
 
 
 @pytest.mark.gpu

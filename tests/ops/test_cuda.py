@@ -406,8 +406,25 @@ def force(monkeypatch, plan, rows, n, k, rank, direction):
 
 
 # 16 to 136: one to three low-rank steps.
-@pytest.mark.parametrize(("plan", "rows", "n", "k"), BESIDE + BEHIND)
-@pytest.mark.parametrize("rank", [16, 96, 136])
+ADAPTED = [(*case, rank) for case in BESIDE + BEHIND for rank in (16, 96, 136)]
+# Rings of activations wrap around with the low-rank steps of a rank: at 512, 6 slots at 384, and beyond. 33 steps of
+# weights; parts of two and three.
+ADAPTED += [
+    (*case, rank)
+    for case, ranks in (
+        (("wgmma:32:1:0", 40, 192, 2112), (512, 520, 1024)),
+        (("wgmma:64:1:0", 100, 192, 2112), (512, 520, 1024)),
+        (("wgmma:64:3:0", 60, 192, 448), (64, 512, 576)),
+        (("wgmma:128:1:64", 200, 192, 2112), (384, 392)),
+        (("wgmma:128:2:64", 200, 192, 320), (16, 384, 392)),
+        (("wgmma:128:3:128", 100, 192, 512), (16, 384, 392)),
+        (("wgmma:256:2:256", 300, 192, 2112), (16, 512)),
+    )
+    for rank in ranks
+]
+
+
+@pytest.mark.parametrize(("plan", "rows", "n", "k", "rank"), ADAPTED)
 @pytest.mark.parametrize("direction", ["forward", "dx"])
 def test_forced_plans_with_an_adapter_meet_the_bound(monkeypatch, plan, rows, n, k, rank, direction):
     """Of a weight whose output has n columns, behind a kernel that writes the input."""
@@ -432,26 +449,6 @@ def test_forced_plans_with_an_adapter_meet_the_bound(monkeypatch, plan, rows, n,
     x, y, _ = first = run(source)
     check_adapted(x, y, exact, lora_A, lora_B, forward, bias)
     assert all(torch.equal(a, b) for a, b in zip(first, run(source), strict=True))
-
-
-# Rings of activations wrap around with the low-rank steps of a rank: at 512, 6 slots at 384, and beyond. 33 steps of
-# weights; parts of two and three.
-@pytest.mark.parametrize(
-    ("plan", "rows", "n", "k", "ranks"),
-    [
-        ("wgmma:32:1:0", 40, 192, 2112, (512, 520, 1024)),
-        ("wgmma:64:1:0", 100, 192, 2112, (512, 520, 1024)),
-        ("wgmma:64:3:0", 60, 192, 448, (64, 512, 576)),
-        ("wgmma:128:1:64", 200, 192, 2112, (384, 392)),
-        ("wgmma:128:2:64", 200, 192, 320, (16, 384, 392)),
-        ("wgmma:128:3:128", 100, 192, 512, (16, 384, 392)),
-        ("wgmma:256:2:256", 300, 192, 2112, (16, 512)),
-    ],
-)
-@pytest.mark.parametrize("direction", ["forward", "dx"])
-def test_ranks_for_which_rings_wrap_around(monkeypatch, plan, rows, n, k, ranks, direction):
-    for rank in ranks:
-        test_forced_plans_with_an_adapter_meet_the_bound(monkeypatch, plan, rows, n, k, rank, direction)
 
 
 def check_adapted(x, y, exact, lora_A, lora_B, forward, bias=None):

@@ -850,7 +850,7 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float own = team == 0 ? sums[0][4 * j + i] : sums[1][4 * j + i], other = __uint_as_float(parts[i]);
-          sum[4 * j + i] = team == 0 ? own + other : other + own;
+          sum[4 * j + i] = own + other;
         }
       }
       sync_threads<5>(kConsumers);  // what was read there may be overwritten by another block
