@@ -87,6 +87,32 @@ def test_device_maps(folder, token_ids, device_map):
     assert torch.equal(model(token_ids).logits, replaced(folder).to(model.device)(token_ids).logits)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_device_map_over_two_gpus(folder, token_ids, adapted):
+    """Layers on one and on the other compute what one GPU computes, and train an adapter to the same gradients."""
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0}
+    places |= {"model.layers.1": 1, "model.norm": 1, "lm_head": 1}
+    found = []
+    for device_map in (places, {"": 0}):
+        model = load(folder, PyQuantConfig(verbose=False), device_map=device_map)
+        if adapted:
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+        assert {layer.weight.device.index for layer in layers(model).values()} == set(device_map.values())
+        ids = token_ids.to("cuda:0")
+        output = model(ids, labels=ids)
+        results = [output.logits]
+        if adapted:
+            output.loss.backward()
+            results += [p.grad for p in model.parameters() if p.requires_grad]
+            assert len(results) == 1 + 2 * 14
+        found.append([tensor.cpu() for tensor in results])
+    for over_two, on_one in zip(*found, strict=True):
+        assert torch.equal(over_two, on_one)
+
+
 def test_offloading_is_refused(folder):
     for places in ({"model": 0, "lm_head": "cpu"}, {"model": "cpu", "lm_head": "disk"}):
         with pytest.raises(ValueError, match="4-bit weights are not offloaded"):

@@ -8,6 +8,7 @@ import reference
 import torch
 from ops.test_linear import each_dtype, each_type, quantized
 from ops.test_lora import adapter, check_lora, seed_tensor
+from torch.utils._pytree import tree_map_only
 
 import pyquant
 import pyquant.functional as F
@@ -93,19 +94,28 @@ def test_an_op_may_be_the_first_that_a_thread_asks_of_the_gpu(op):
     assert torch.equal(elsewhere, calls[op]())
 
 
-def test_ops_follow_their_tensors_device():
-    if torch.cuda.device_count() < 2:
-        # With one GPU: the current device stays what it was.
-        before = torch.cuda.current_device()
-        F.quantize_4bit(torch.randn(64, 64, device="cuda"))
-        assert torch.cuda.current_device() == before
-        return
-    weight, exact = quantized(96, 77, device="cuda:1")
-    x = torch.randn(5, 77)
-    y = ops.linear_4bit(x.to("cuda:1"), *weight, None)
-    assert y.device == torch.device("cuda:1")
+def test_the_current_device_stays_what_it_was():
+    before = torch.cuda.current_device()
+    F.quantize_4bit(torch.randn(64, 64, device="cuda"))
+    assert torch.cuda.current_device() == before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("rows", [1, 16, 64, 128, 700])
+def test_ops_follow_their_tensors_device(rows):
+    """On a device that is not the current one: the bits of the current one, and the current one stays."""
+    n, k = 512, 1024
+    weight, exact = quantized(n, k, device="cuda:0")
+    x, dy = torch.randn(rows, k, device="cuda:0").bfloat16(), torch.randn(rows, n, device="cuda:0").bfloat16()
+    inputs = x, dy, weight, *adapter(n, k, 16, torch.bfloat16, "cuda:0"), seed_tensor(1, "cuda:0")
+    expected = lora_step(*inputs)
+    found = lora_step(*tree_map_only(torch.Tensor, lambda tensor: tensor.to("cuda:1"), inputs))
+    y = ops.linear_4bit(x.to("cuda:1"), *(t.to("cuda:1") if torch.is_tensor(t) else t for t in weight), None)
     assert torch.cuda.current_device() == 0
-    assert reference.relative_error(y, x.double() @ exact.double().T) < 1e-3
+    assert reference.relative_error(y.cpu(), x.cpu().double() @ exact.cpu().double().T) < 5e-3
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.device == torch.device("cuda:1")
+        assert torch.equal(ours.cpu(), theirs.cpu())
 
 
 def test_no_op_waits_for_the_gpu():
