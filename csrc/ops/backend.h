@@ -132,12 +132,16 @@ class Cuda {
                         float scaling, const Dropout& dropout, Tensor& xa, Tensor& y) const {
     const int64_t rank = adapter.rank;
     cuda::LowRank lora{xa.data_ptr(), adapter.b.data_ptr(), rank, !dropout.active(), false};
-    const Factor a(adapter.a, x.dtype, stream_, [&] { return cuda::lora_down_reads_float(x.dtype, x.rows, dropout); });
-    const Factor b(adapter.b, x.dtype, stream_,
-                   [&] { return cuda::linear_4bit_reads_float(weight, x.dtype, x.rows, x.data(), lora); });
+    const auto word = [&] {
+      return dropout.active() ? nullptr : cuda::take_word(true, weight, x.dtype, x.rows, rank, stream_);
+    };
+    const bool a_as_float = cuda::lora_down_reads_float(x.dtype, x.rows, dropout);
+    const Factor a(adapter.a, x.dtype, a_as_float, stream_, word);
+    const bool b_as_float = cuda::linear_4bit_reads_float(weight, x.dtype, x.rows, x.data(), lora);
+    const Factor b(adapter.b, x.dtype, b_as_float, stream_);
     lora.factor = b.data(), lora.float_factor = b.is_float;
     lora.begun = cuda::lora_down(weight, x.dtype, x.rows, rank, x.data(), a.data(), a.is_float, scaling, dropout,
-                                 xa.data_ptr(), stream_);
+                                 xa.data_ptr(), a.begun, stream_);
     linear_4bit(weight, x, bias, lora, y);
   }
   // dya, and dx if it is wanted.
@@ -145,15 +149,19 @@ class Cuda {
                            const Dropout& dropout, bool needs_dx, Tensor& dya, Tensor& dx) const {
     const int64_t rank = adapter.rank;
     cuda::LowRank lora{dya.data_ptr(), adapter.a.data_ptr(), rank, !dropout.active(), false};
-    const Factor b(adapter.b, dy.dtype, stream_, [] { return false; });
+    const bool beside = needs_dx && !dropout.active();
+    const auto word = [&] {
+      return beside ? cuda::take_word(false, weight, dy.dtype, dy.rows, rank, stream_) : nullptr;
+    };
+    const Factor b(adapter.b, dy.dtype, false, stream_, word);
     std::optional<Factor> a;
     if (needs_dx) {
-      a.emplace(adapter.a, dy.dtype, stream_,
-                [&] { return cuda::linear_4bit_dx_reads_float(weight, dy.dtype, dy.rows, dy.data(), lora); });
+      const bool as_float = cuda::linear_4bit_dx_reads_float(weight, dy.dtype, dy.rows, dy.data(), lora);
+      a.emplace(adapter.a, dy.dtype, as_float, stream_);
       lora.factor = a->data(), lora.float_factor = a->is_float;
     }
-    lora.begun = cuda::lora_dya(weight, dy.dtype, dy.rows, rank, dy.data(), b.data(), scaling,
-                                needs_dx && !dropout.active(), dya.data_ptr(), stream_);
+    lora.begun = cuda::lora_dya(weight, dy.dtype, dy.rows, rank, dy.data(), b.data(), scaling, beside, dya.data_ptr(),
+                                b.begun, stream_);
     if (needs_dx) linear_4bit_dx(weight, dy, lora, dropout, dx);
   }
   void lora_grad_a(const Activation& x, int64_t k, int64_t rank, const Tensor& dya, const Dropout& dropout,
@@ -176,19 +184,24 @@ class Cuda {
     return tensor.get_device_index();
   }
 
-  // A factor as its kernel takes it: in float32 beside 16-bit activations where the kernel reads that, else cast.
+  static uint32_t* no_word() { return nullptr; }
+
+  // A factor as its kernel takes it: in float32 beside 16-bit activations where the kernel reads that, else cast. The
+  // launch that rounds it to 16 bits sets a word for the linear, LowRank::begun, if there is one to take.
   struct Factor {
     bool is_float;
     Tensor values;
-    template <typename ReadsFloat>
-    Factor(const Tensor& factor, DType dtype, cudaStream_t stream, const ReadsFloat& reads_float)
+    uint32_t* begun = nullptr;
+    template <typename TakeWord = uint32_t* (*)()>
+    Factor(const Tensor& factor, DType dtype, bool as_float, cudaStream_t stream, const TakeWord& take_word = no_word)
         : is_float(dtype != DType::kFloat32 && factor.scalar_type() == ScalarType::Float), values(factor) {
       if (!is_float) {
         values = in_dtype(factor, dtype);
-      } else if (!reads_float()) {
+      } else if (!as_float) {
         is_float = false;
         values = torch::stable::new_empty(factor, {factor.size(0), factor.size(1)}, scalar_type_of(dtype));
-        cuda::round_factor(dtype, ops::data<float>(factor), factor.numel(), values.data_ptr(), stream);
+        begun = take_word();
+        cuda::round_factor(dtype, ops::data<float>(factor), factor.numel(), values.data_ptr(), begun, stream);
       }
     }
     const void* data() const { return values.data_ptr(); }

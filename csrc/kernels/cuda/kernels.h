@@ -51,21 +51,28 @@ bool linear_4bit_dx_reads_float(const QuantizedMatrix& weight, DType dtype, int6
 void linear_4bit_dx(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy, const LowRank& lora,
                     const Dropout& dropout, void* dx, void* workspace, cudaStream_t stream);
 
-// to[count], of a 16-bit dtype: `from` rounded to it.
-void round_factor(DType dtype, const float* from, int64_t count, void* to, cudaStream_t stream);
+// to[count], of a 16-bit dtype: `from` rounded to it. With a word (take_word), the kernel sets it to 1 once all kernels
+// before have ended, and lets its successor start before that: one that waits for this one, as lora_down and lora_dya
+// do.
+void round_factor(DType dtype, const float* from, int64_t count, void* to, uint32_t* begun, cudaStream_t stream);
+
+// A word for LowRank::begun, if that linear's plan runs beside its adapter's product; else null, or when none is left.
+uint32_t* take_word(bool forward, const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank,
+                    cudaStream_t stream);
 
 // xa[m, r] = scaling · dropout(x[m, k]) · a[r, k]ᵀ. The next launch on the stream is to be linear_4bit with that weight
 // and adapter, which may run at the same time. Returns LowRank::begun. `float_a`: a is float32 beside 16-bit
-// activations, where lora_down_reads_float.
+// activations, where lora_down_reads_float. `begun`: what round_factor, launched just before, was given.
 bool lora_down_reads_float(DType dtype, int64_t m, const Dropout& dropout);
 const uint32_t* lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x,
                           const void* a, bool float_a, float scaling, const Dropout& dropout, void* xa,
-                          cudaStream_t stream);
+                          const uint32_t* begun, cudaStream_t stream);
 
 // dya[m, r] = scaling · dy[m, n] · b[n, r]. `beside`: the next launch is linear_4bit_dx with that weight and adapter,
-// without dropout. Returns LowRank::begun.
+// without dropout. `begun` and what is returned: as lora_down's.
 const uint32_t* lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy,
-                         const void* b, float scaling, bool beside, void* dya, cudaStream_t stream);
+                         const void* b, float scaling, bool beside, void* dya, const uint32_t* begun,
+                         cudaStream_t stream);
 
 // da[r, k] = dya[m, r]ᵀ · dropout(x[m, k]), in float32. Deterministic: partial sums over m go through `workspace`.
 // db[n, r] = dy[m, n]ᵀ · xa[m, r], in float32, likewise. `columns` is k for da and n for db. lora_grad_b is to be

@@ -497,9 +497,19 @@ void lora_down_few_rows(const std::string& problem, const Dense<T>& x, const Den
 constexpr int kRoundedTogether = 4;
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) round_factor_kernel(const float* from, int64_t count, bool vector, T* to) {
-  ptx::wait_for_previous_kernel();
-  ptx::let_next_kernel_start();
+__global__ void __launch_bounds__(kThreads)
+    round_factor_kernel(const float* from, int64_t count, bool vector, T* to, uint32_t* begun) {
+  if (begun != nullptr) {
+    // As in lora_wgmma.cu, whose kernel comes next and lets the linear start at once.
+    if (blockIdx.x == 0 && threadIdx.x == 0) ptx::store_word(begun, 0), __threadfence();
+    __syncthreads();
+    ptx::let_next_kernel_start();
+    ptx::wait_for_previous_kernel();
+    if (blockIdx.x == 0 && threadIdx.x == 0) ptx::store_word(begun, 1);
+  } else {
+    ptx::wait_for_previous_kernel();
+    ptx::let_next_kernel_start();
+  }
   const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kRoundedTogether;
   if (first >= count) return;
   if (vector) {
@@ -563,14 +573,20 @@ void lora_grad(const char* name, DType dtype, int64_t m, int64_t columns, int64_
 
 }  // namespace
 
-void round_factor(DType dtype, const float* from, int64_t count, void* to, cudaStream_t stream) {
+uint32_t* take_word(bool forward, const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank,
+                    cudaStream_t stream) {
+  const LinearDirection direction = forward ? LinearDirection::kForward : LinearDirection::kDx;
+  return plan_lora_linear(direction, weight, dtype, m, rank).beside > 0 ? next_word(stream) : nullptr;
+}
+
+void round_factor(DType dtype, const float* from, int64_t count, void* to, uint32_t* begun, cudaStream_t stream) {
   if (count <= 0) return;
   const bool vector = aligned_16(from) && aligned_16(to) && count % kRoundedTogether == 0;
   const unsigned grid = grid_size(ceil_div(count, int64_t{kThreads} * kRoundedTogether), "round_factor");
   with_half_type(dtype, [&](auto element) {
     using T = decltype(element);
     launch_kernel("round_factor", "of " + std::to_string(count) + " elements", {grid, kThreads, 0, stream, 1, true},
-                  round_factor_kernel<T>, from, count, vector, static_cast<T*>(to));
+                  round_factor_kernel<T>, from, count, vector, static_cast<T*>(to), begun);
   });
 }
 
@@ -580,9 +596,9 @@ bool lora_down_reads_float(DType dtype, int64_t m, const Dropout& dropout) {
 
 const uint32_t* lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* x,
                           const void* a, bool float_a, float scaling, const Dropout& dropout, void* xa,
-                          cudaStream_t stream) {
+                          const uint32_t* begun, cudaStream_t stream) {
   const int64_t k = weight.k;
-  if (m <= 0 || rank <= 0) return nullptr;
+  if (m <= 0 || rank <= 0) return begun;
   const std::string problem =
       "of " + std::to_string(m) + " rows, " + std::to_string(k) + " columns and rank " + std::to_string(rank);
   if (m <= kFewRows && !dropout.active()) {
@@ -593,32 +609,33 @@ const uint32_t* lora_down(const QuantizedMatrix& weight, DType dtype, int64_t m,
       };
       float_a ? launch(make_dense<float>(a, rank, k)) : launch(make_dense<T>(a, rank, k));
     });
-    return nullptr;
+    return begun;
   }
   const float alpha = dropout.active() ? scaling * dropout.scale : scaling;
   const Output output{{xa, false, m, rank, rank, 1, alpha}, nullptr};
   if (!dropout.active()) {
     const LinearPlan plan = plan_lora_linear(LinearDirection::kForward, weight, dtype, m, rank);
-    const SkinnyProblem skinny{x, a, k, output, false, plan.beside, plan.cluster()};
-    if (const auto begun = lora_wgmma("lora_down", problem, dtype, false, false, skinny, stream)) return *begun;
+    const SkinnyProblem skinny{x, a, k, output, false, plan.beside, plan.cluster(), begun};
+    if (const auto word = lora_wgmma("lora_down", problem, dtype, false, false, skinny, stream)) return *word;
   }
   if (dtype == DType::kFloat32) {
     skinny_simt("lora_down", problem, {static_cast<const float*>(x), m, k, 1},
                 {static_cast<const float*>(a), rank, k, 1}, k, dropout, output, 1, stream);
-    return nullptr;
+    return begun;
   }
   with_half_type(dtype, [&](auto element) {
     using T = decltype(element);
     skinny_mma<T, false, false>("lora_down", problem, make_dense<T>(x, m, k), make_dense<T>(a, rank, k), dropout,
                                 output, 1, stream);
   });
-  return nullptr;
+  return begun;
 }
 
 const uint32_t* lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank, const void* dy,
-                         const void* b, float scaling, bool beside, void* dya, cudaStream_t stream) {
+                         const void* b, float scaling, bool beside, void* dya, const uint32_t* begun,
+                         cudaStream_t stream) {
   const int64_t n = weight.n;
-  if (m <= 0 || rank <= 0) return nullptr;
+  if (m <= 0 || rank <= 0) return begun;
   const std::string problem =
       "of " + std::to_string(m) + " rows, " + std::to_string(n) + " columns and rank " + std::to_string(rank);
   const Dropout no_dropout{nullptr, 0, 1.0f};
@@ -626,20 +643,20 @@ const uint32_t* lora_dya(const QuantizedMatrix& weight, DType dtype, int64_t m, 
   SkinnyProblem skinny{dy, b, n, output};
   if (beside) {
     const LinearPlan plan = plan_lora_linear(LinearDirection::kDx, weight, dtype, m, rank);
-    skinny.beside_rows = plan.beside, skinny.beside_cluster = plan.cluster();
+    skinny.beside_rows = plan.beside, skinny.beside_cluster = plan.cluster(), skinny.begun = begun;
   }
-  if (const auto begun = lora_wgmma("lora_dya", problem, dtype, false, true, skinny, stream)) return *begun;
+  if (const auto word = lora_wgmma("lora_dya", problem, dtype, false, true, skinny, stream)) return *word;
   if (dtype == DType::kFloat32) {
     skinny_simt("lora_dya", problem, {static_cast<const float*>(dy), m, n, 1},
                 {static_cast<const float*>(b), rank, 1, rank}, n, no_dropout, output, 1, stream);
-    return nullptr;
+    return begun;
   }
   with_half_type(dtype, [&](auto element) {
     using T = decltype(element);
     skinny_mma<T, false, true>("lora_dya", problem, make_dense<T>(dy, m, n), make_dense<T>(b, n, rank), no_dropout,
                                output, 1, stream);
   });
-  return nullptr;
+  return begun;
 }
 
 int64_t lora_grad_workspace(DType dtype, int64_t m, int64_t columns, int64_t rank) {

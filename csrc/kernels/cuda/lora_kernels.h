@@ -41,7 +41,13 @@ struct SkinnyProblem {
   bool beside_previous = false;
   // Where it runs beside the linear that follows: the rows of its blocks, and their cluster. See LinearPlan.
   int beside_rows = 0, beside_cluster = 1;
+  const uint32_t* begun = nullptr;  // set by the kernel before, which rounded the factor: then not by this one
 };
+
+// A word that no other launch uses while this one is in flight, nor ever if the stream is being captured: a graph's
+// launches may run whenever it is replayed. Null when none is left. (Two executable graphs made from one captured graph
+// share their words: they must not run at the same time.)
+uint32_t* next_word(cudaStream_t stream);
 
 // Many rows on Hopper; nothing, and nothing launched, where it is not for the device, the type or the shape. Returns
 // LowRank::begun (kernels.h). large_by_step: the large operand is [reduction, outer], else [outer, reduction];

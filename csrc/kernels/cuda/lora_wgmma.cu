@@ -51,8 +51,9 @@ struct Parameters {
   int steps, rank_tiles;
   int stage_bytes;  // that are copied
   bool beside_previous;
-  uint32_t* begun;
-  int parts;  // blocks of a cluster that share a tile, or 1, and then a cluster is only to lie side by side
+  bool early;       // lets the next kernel start before it waits
+  uint32_t* begun;  // and sets this, or null
+  int parts;        // blocks of a cluster that share a tile, or 1, and then a cluster is only to lie side by side
 };
 
 // kLargeByStep: the large operand is [reduction, outer], else [outer, reduction]; kSmallByStep: the small one is
@@ -94,12 +95,12 @@ __global__ void __launch_bounds__(Layout<kGroups>::kThreads) lora_wgmma_kernel(c
   }
   __syncthreads();
   if (parts > 1) ptx::arrive_cluster_relaxed();
-  if (p.begun != nullptr) {
+  if (p.early) {
     ptx::let_next_kernel_start();
     ptx::wait_for_previous_kernel();
     // Without releasing: what the kernels before wrote is where the linear looks, in L2, or that wait had not ended. A
     // release would take as long as the linear's first activations do.
-    if (blockIdx.x == 0 && threadIdx.x == 0) ptx::store_word(p.begun, 1);
+    if (p.begun != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ptx::store_word(p.begun, 1);
   } else if (!p.beside_previous) {
     ptx::wait_for_previous_kernel(), ptx::let_next_kernel_start();
   }
@@ -177,32 +178,6 @@ __global__ void __launch_bounds__(Layout<kGroups>::kThreads) lora_wgmma_kernel(c
 #endif
 }
 
-// A word that no other launch uses while this one is in flight, nor ever if the stream is being captured: a graph's
-// launches may run whenever it is replayed. Null when none is left. (Two executable graphs made from one captured graph
-// share their words: they must not run at the same time.)
-uint32_t* take_word(cudaStream_t stream) {
-  struct OfDevice {
-    std::once_flag known;
-    uint32_t* words = nullptr;
-    std::atomic<uint32_t> turn{0}, captured{kTurns};
-  };
-  static OfDevice devices[kMaxDevices];
-  OfDevice& device = devices[current_device().index];
-  std::call_once(device.known, [&] {
-    void* address = nullptr;
-    if (cudaGetSymbolAddress(&address, words) == cudaSuccess) device.words = static_cast<uint32_t*>(address);
-  });
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  if (device.words == nullptr || cudaStreamIsCapturing(stream, &status) != cudaSuccess) {
-    cudaGetLastError();  // the linear starts later, that is all
-    return nullptr;
-  }
-  if (status == cudaStreamCaptureStatusNone) return device.words + device.turn++ % kTurns;
-  if (device.captured >= kWords) return nullptr;
-  const uint32_t index = device.captured++;
-  return index < kWords ? device.words + index : nullptr;
-}
-
 template <typename T, bool kLargeByStep, bool kSmallByStep, int kGroups>
 const uint32_t* launch(const char* name, const std::string& problem, const SkinnyProblem& s, cudaStream_t stream) {
   using L = Layout<kGroups>;
@@ -224,7 +199,8 @@ const uint32_t* launch(const char* name, const std::string& problem, const Skinn
   p.steps = static_cast<int>(ceil_div(s.reduction, kTile));
   p.rank_tiles = static_cast<int>(ceil_div(s.output.rank, kTile));
   p.beside_previous = s.beside_previous;
-  p.begun = s.beside_rows > 0 ? take_word(stream) : nullptr;
+  p.begun = s.beside_rows > 0 && s.begun == nullptr ? next_word(stream) : nullptr;
+  p.early = p.begun != nullptr || s.begun != nullptr;
   p.parts = 1;
   const auto kernel = lora_wgmma_kernel<T, kLargeByStep, kSmallByStep, kGroups>;
   allow_shared_memory(reinterpret_cast<const void*>(kernel), name, L::kSharedBytes);
@@ -246,7 +222,7 @@ const uint32_t* launch(const char* name, const std::string& problem, const Skinn
   }
   const Launch shape{grid_size(blocks, name), L::kThreads, L::kSharedBytes, stream, cluster, true};
   launch_kernel(name, problem, shape, kernel, p);
-  return p.begun;
+  return s.begun != nullptr ? s.begun : p.begun;
 }
 
 template <typename T, bool kSmallByStep>
@@ -263,6 +239,29 @@ const uint32_t* launch_groups(const char* name, const std::string& problem, cons
 }
 
 }  // namespace
+
+uint32_t* next_word(cudaStream_t stream) {
+  struct OfDevice {
+    std::once_flag known;
+    uint32_t* words = nullptr;
+    std::atomic<uint32_t> turn{0}, captured{kTurns};
+  };
+  static OfDevice devices[kMaxDevices];
+  OfDevice& device = devices[current_device().index];
+  std::call_once(device.known, [&] {
+    void* address = nullptr;
+    if (cudaGetSymbolAddress(&address, words) == cudaSuccess) device.words = static_cast<uint32_t*>(address);
+  });
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (device.words == nullptr || cudaStreamIsCapturing(stream, &status) != cudaSuccess) {
+    cudaGetLastError();  // the linear starts later, that is all
+    return nullptr;
+  }
+  if (status == cudaStreamCaptureStatusNone) return device.words + device.turn++ % kTurns;
+  if (device.captured >= kWords) return nullptr;
+  const uint32_t index = device.captured++;
+  return index < kWords ? device.words + index : nullptr;
+}
 
 std::optional<const uint32_t*> lora_wgmma(const char* name, const std::string& problem, DType dtype, bool large_by_step,
                                           bool small_by_step, const SkinnyProblem& s, cudaStream_t stream) {
