@@ -1,5 +1,8 @@
 """show_config: what it prints with and without a GPU and a CUDA build."""
 
+import os
+import subprocess
+import sys
 import types
 
 import peft
@@ -123,6 +126,23 @@ def test_a_kernel_its_tile_and_its_split_can_be_forced(monkeypatch):
     assert pyquant.explain_plan(100, 64, 192, arch=90, sm_count=132) == chosen
     monkeypatch.setenv("PYQUANT_KERNEL", "wgmma:128:3")
     assert "wgmma tile 128x128x64 split 3," in pyquant.explain_plan(100, 64, 192, arch=90, sm_count=132)
+
+
+def test_very_many_rows_take_a_dequantized_weight_where_its_memory_may_be_had():
+    script = "import pyquant; print(pyquant.explain_plan(16384, 14336, 4096, direction='dx', arch=90, sm_count=132))"
+    chosen = {}
+    for value in ("1", "0"):
+        environment = {**os.environ, "PYQUANT_DENSE": value}
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+        assert not result.returncode, result.stderr
+        chosen[value] = result.stdout
+    assert ": dense tile 256x128x64 split 1," in chosen["1"]
+    assert ": wgmma tile 256x128x64 split " in chosen["0"]
+    for rows in (1, 64, 1000):
+        for direction in ("forward", "dx"):
+            assert "dense" not in pyquant.explain_plan(rows, 4096, 4096, direction=direction, arch=90, sm_count=132)
+    for arch in (80, 100):
+        assert "dense" not in pyquant.explain_plan(16384, 14336, 4096, arch=arch, sm_count=132)
 
 
 def test_an_adapters_first_product_runs_beside_the_linear_where_that_leaves_room(monkeypatch):

@@ -26,6 +26,8 @@ const char* name_of(LinearKernel kernel) {
       return "small_m";
     case LinearKernel::kWgmma:
       return "wgmma";
+    case LinearKernel::kDense:
+      return "dense";
     case LinearKernel::kMma:
       return "mma";
     default:
@@ -134,6 +136,11 @@ bool wgmma_legal(const LinearProblem& p) {
          std::max({p.m, p.n, p.k}) < (int64_t{1} << 30) && ceil_div(p.m, 32) * ceil_div(p.columns(), 128) < (1 << 24);
 }
 
+bool dense_legal(const LinearProblem& p) {
+  const bool dropout_of_dx = p.direction == LinearDirection::kDx && p.rank > 0 && !p.left_beside;
+  return wgmma_legal(p) && !dropout_of_dx;
+}
+
 // Microseconds for the left factor of a low-rank term, computed before the linear, or beside it by blocks of that many
 // rows. From a dozen times on an H100.
 double low_rank_before(const LinearProblem& p) {
@@ -193,6 +200,25 @@ LinearPlan wgmma_plan(const LinearProblem& p, int tokens, int split, int beside)
   return plan;
 }
 
+// Below so many rows the weight is never dequantized: little is to be gained, and memory matters more.
+constexpr int64_t kDenseRows = 1024;
+
+LinearPlan dense_plan(const LinearProblem& p, int beside) {
+  LinearPlan plan{LinearKernel::kDense, 256, 128, 64, 1, 0.0};
+  plan.share = p.columns() > 128;
+  plan.beside = beside;
+  const int64_t tiles = ceil_div(p.m, 256) * ceil_div(p.columns(), 256) * 2;
+  const double steps = static_cast<double>(ceil_div(p.reduction(), 64) + ceil_div(p.rank, 64));
+  const int64_t rounds = ceil_div(tiles + plan.blocks_beside(p.m, p.rank), p.sm_count / 2 * 2);
+  // Microseconds of a step and of a tile's beginning and end, and weights dequantized a microsecond.
+  constexpr double kDenseStep = 0.64, kDenseTile = 0.5, kDequantized = 4e5;
+  // The first turn is not faster than what it multiplies by is dequantized.
+  const DenseLayout layout(p.direction, p.m, p.n, p.k, p.sm_count);
+  const double first = std::max(steps * kDenseStep, layout.turn_slabs * 256.0 * p.reduction() / kDequantized);
+  plan.microseconds = 2.0 * kLaunch + first + (rounds - 1) * steps * kDenseStep + rounds * kDenseTile;
+  return plan;
+}
+
 LinearPlan simt_plan(const LinearProblem& p) {
   LinearPlan plan{LinearKernel::kSimt, 64, 64, 16, 1, 0.0};
   const double tiles = static_cast<double>(ceil_div(p.m, 64)) * ceil_div(p.columns(), 64);
@@ -201,7 +227,7 @@ LinearPlan simt_plan(const LinearProblem& p) {
   return plan;
 }
 
-std::vector<LinearPlan> candidates(const LinearProblem& p) {
+std::vector<LinearPlan> candidates(const LinearProblem& p, const char* forced) {
   std::vector<LinearPlan> plans{simt_plan(p)};
   if (small_m_legal(p)) {
     for (int split : {1, 2, 4}) {
@@ -230,6 +256,16 @@ std::vector<LinearPlan> candidates(const LinearProblem& p) {
       }
     }
   }
+  static const char* const dense = std::getenv("PYQUANT_DENSE");
+  const bool dense_wanted = forced != nullptr ? std::strncmp(forced, "dense", 5) == 0
+                                              : p.m >= kDenseRows && (dense == nullptr || std::strcmp(dense, "0") != 0);
+  if (dense_wanted && dense_legal(p)) {
+    for (int beside : {0, 64, 128, 256}) {
+      if (beside > 0 && (p.rank == 0 || !p.left_beside)) break;
+      const LinearPlan plan = dense_plan(p, beside);
+      if (plan.blocks_beside(p.m, p.rank) <= p.sm_count / 4) plans.push_back(plan);
+    }
+  }
   if (p.dtype != DType::kFloat32 && p.arch >= 80) {
     for (int tile : {128, 64}) {
       const int64_t steps = ceil_div(p.reduction(), 64);
@@ -256,7 +292,7 @@ bool asked_for(const LinearPlan& plan, const char* forced) {
 }
 
 LinearPlan best_plan(const LinearProblem& problem, const char* forced) {
-  const std::vector<LinearPlan> plans = candidates(problem);
+  const std::vector<LinearPlan> plans = candidates(problem, forced);
   const LinearPlan* best = nullptr;
   for (const bool respect : {true, false}) {
     for (const LinearPlan& plan : plans) {
@@ -276,9 +312,20 @@ int64_t LinearPlan::blocks_beside(int64_t m, int64_t rank) const {
 }
 
 int64_t LinearPlan::workspace(const LinearProblem& problem) const {
+  if (kernel == LinearKernel::kDense) {
+    return DenseLayout(problem.direction, problem.m, problem.n, problem.k, problem.sm_count).bytes;
+  }
   if (kernel != LinearKernel::kMma || split == 1) return 0;
   // Rows of an even length, so that pairs of columns stay aligned.
   return int64_t{split} * problem.m * ((problem.columns() + 1) / 2 * 2) * 4;
+}
+
+DenseLayout::DenseLayout(LinearDirection direction, int64_t m, int64_t n, int64_t k, int sm_count) {
+  const bool forward = direction == LinearDirection::kForward;
+  slabs = ceil_div(forward ? n : k, 256), chunks = ceil_div(forward ? k : n, 256);
+  turn_slabs = std::min(slabs, ceil_div(sm_count / 2, std::min(kGroup, ceil_div(m, 256))));
+  value_bytes = ceil_div(n * k * 2, 16) * 16;
+  bytes = value_bytes + 4 * (1 + slabs * (1 + chunks));
 }
 
 LinearPlan plan_linear(const LinearProblem& problem) {

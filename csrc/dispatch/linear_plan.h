@@ -44,6 +44,7 @@ enum class LinearKernel : int {
   kFewRows,  // 16-bit, few rows of x, bandwidth-bound: tensor cores fed from a table of byte values
   kSmallM,   // 16-bit, few rows of x, bandwidth-bound: rows of W to warps, fp32 arithmetic
   kWgmma,    // 16-bit, Hopper's tensor cores
+  kDense,    // 16-bit, Hopper's tensor cores, many rows: of the weight dequantized to memory, once and meanwhile
   kMma,      // 16-bit, tensor cores through mma.sync
   kSimt,     // any type and shape, fp32 arithmetic
 };
@@ -54,22 +55,32 @@ struct LinearPlan {
   int split;  // kMma: blocks that share an output tile, each with a part of the reduction; kSmallM: warps likewise;
               // kStream, kWgmma: blocks of a cluster likewise
   double microseconds;  // the cost model's estimate, by which candidates are ranked, for the left factor as well
-  bool share = false;   // kWgmma: pairs of blocks share the activations that they copy
-  // kWgmma with a low-rank term: the kernel before, that computes its left factor, runs beside this one, in blocks of
-  // that many rows, on multiprocessors that this one leaves free; 0: it has ended when this one begins.
+  bool share = false;   // kWgmma, kDense: pairs of blocks share the activations that they copy
+  // kWgmma and kDense with a low-rank term: the kernel before, that computes its left factor, runs beside this one, in
+  // blocks of that many rows, on multiprocessors that this one leaves free; 0: it has ended when this one begins.
   int beside = 0;
 
   // Blocks of the kernel beside, in whole clusters of cluster().
   int64_t blocks_beside(int64_t m, int64_t rank) const;
   int cluster() const { return share ? 2 : split; }
 
-  // Bytes for the partial sums of a split reduction.
+  // Bytes for the partial sums of a split reduction, or for the dequantized weight.
   int64_t workspace(const LinearProblem& problem) const;
 };
 
-// The best legal plan. PYQUANT_KERNEL=stream, few_rows, small_m, wgmma, mma or simt forces a kernel wherever it is
-// legal, for tests; wgmma:128 its tile_m as well, wgmma:128:2 also the split, wgmma:128:2:64 also beside,
-// to fit the cost model.
+// The workspace of kDense: the dequantized weight, in slabs of 256 across the reduction and chunks of 256 along it, and
+// behind it a counter for each slab and each of their chunks, and one more.
+struct DenseLayout {
+  int64_t slabs, chunks;
+  int64_t turn_slabs;  // that the blocks of a GPU want in a turn: they take up to kGroup tiles of 256 rows at a time
+  int64_t value_bytes, bytes;
+  DenseLayout(LinearDirection direction, int64_t m, int64_t n, int64_t k, int sm_count);
+  static constexpr int64_t kGroup = 8;
+};
+
+// The best legal plan. PYQUANT_DENSE=0 leaves kDense out, and with it the memory that it takes. PYQUANT_KERNEL=stream,
+// few_rows, small_m, wgmma, dense, mma or simt forces a kernel wherever it is legal, for tests; wgmma:128 its tile_m as
+// well, wgmma:128:2 also the split, wgmma:128:2:64 also beside, to fit the cost model.
 LinearPlan plan_linear(const LinearProblem& problem);
 
 // With PYQUANT_LOG=plan, prints each distinct choice once to stderr.

@@ -120,12 +120,16 @@ class Cuda {
   void linear_4bit(const QuantizedMatrix& weight, const Activation& x, const void* bias, const cuda::LowRank& lora,
                    Tensor& y) const {
     const Workspace scratch(y, cuda::linear_4bit_workspace(weight, x.dtype, x.rows, lora));
-    cuda::linear_4bit(weight, x.dtype, x.rows, x.data(), bias, lora, y.data_ptr(), scratch.data, stream_);
+    const bool prepared = cuda::linear_4bit_prepare(weight, x.dtype, x.rows, x.data(), lora, scratch.data, stream_);
+    cuda::linear_4bit(weight, x.dtype, x.rows, x.data(), bias, lora, y.data_ptr(), scratch.data, prepared, stream_);
   }
   void linear_4bit_dx(const QuantizedMatrix& weight, const Activation& dy, const cuda::LowRank& lora,
                       const Dropout& dropout, Tensor& dx) const {
     const Workspace scratch(dx, cuda::linear_4bit_dx_workspace(weight, dy.dtype, dy.rows, lora));
-    cuda::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), lora, dropout, dx.data_ptr(), scratch.data, stream_);
+    const bool prepared =
+        cuda::linear_4bit_dx_prepare(weight, dy.dtype, dy.rows, dy.data(), lora, scratch.data, stream_);
+    cuda::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), lora, dropout, dx.data_ptr(), scratch.data, prepared,
+                         stream_);
   }
   // The adapter's product and the linear behind it overlap, so whatever is to be cast is cast before both.
   void lora_linear_4bit(const QuantizedMatrix& weight, const Activation& x, const void* bias, const Adapter& adapter,
@@ -135,6 +139,8 @@ class Cuda {
     const auto word = [&] {
       return dropout.active() ? nullptr : cuda::take_word(true, weight, x.dtype, x.rows, rank, stream_);
     };
+    const Workspace scratch(y, cuda::linear_4bit_workspace(weight, x.dtype, x.rows, lora));
+    const bool prepared = cuda::linear_4bit_prepare(weight, x.dtype, x.rows, x.data(), lora, scratch.data, stream_);
     const bool a_as_float = cuda::lora_down_reads_float(x.dtype, x.rows, dropout);
     const Factor a(adapter.a, x.dtype, a_as_float, stream_, word);
     const bool b_as_float = cuda::linear_4bit_reads_float(weight, x.dtype, x.rows, x.data(), lora);
@@ -142,7 +148,7 @@ class Cuda {
     lora.factor = b.data(), lora.float_factor = b.is_float;
     lora.begun = cuda::lora_down(weight, x.dtype, x.rows, rank, x.data(), a.data(), a.is_float, scaling, dropout,
                                  xa.data_ptr(), a.begun, stream_);
-    linear_4bit(weight, x, bias, lora, y);
+    cuda::linear_4bit(weight, x.dtype, x.rows, x.data(), bias, lora, y.data_ptr(), scratch.data, prepared, stream_);
   }
   // dya, and dx if it is wanted.
   void lora_linear_4bit_dx(const QuantizedMatrix& weight, const Activation& dy, const Adapter& adapter, float scaling,
@@ -153,6 +159,9 @@ class Cuda {
     const auto word = [&] {
       return beside ? cuda::take_word(false, weight, dy.dtype, dy.rows, rank, stream_) : nullptr;
     };
+    const Workspace scratch(dx, needs_dx ? cuda::linear_4bit_dx_workspace(weight, dy.dtype, dy.rows, lora) : 0);
+    const bool prepared =
+        needs_dx && cuda::linear_4bit_dx_prepare(weight, dy.dtype, dy.rows, dy.data(), lora, scratch.data, stream_);
     const Factor b(adapter.b, dy.dtype, false, stream_, word);
     std::optional<Factor> a;
     if (needs_dx) {
@@ -162,7 +171,9 @@ class Cuda {
     }
     lora.begun = cuda::lora_dya(weight, dy.dtype, dy.rows, rank, dy.data(), b.data(), scaling, beside, dya.data_ptr(),
                                 b.begun, stream_);
-    if (needs_dx) linear_4bit_dx(weight, dy, lora, dropout, dx);
+    if (!needs_dx) return;
+    cuda::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), lora, dropout, dx.data_ptr(), scratch.data, prepared,
+                         stream_);
   }
   void lora_grad_a(const Activation& x, int64_t k, int64_t rank, const Tensor& dya, const Dropout& dropout,
                    Tensor& da) const {

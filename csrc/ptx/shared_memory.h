@@ -42,4 +42,12 @@ __device__ inline void load_matrices_transposed(uint32_t* reg, uint32_t row) {
                : "r"(row));
 }
 
+// The other way: four matrices of 8 × 8 16-bit values, as products have them (two columns of row lane / 4 a register),
+// to the rows of their transposes, whose addresses are those of lanes 0 to 7, 8 to 15 and so on.
+__device__ inline void store_matrices_transposed(uint32_t row, const uint32_t (&reg)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(reg[0]),
+               "r"(reg[1]), "r"(reg[2]), "r"(reg[3])
+               : "memory");
+}
+
 }  // namespace pyquant::ptx

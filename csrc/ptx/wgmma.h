@@ -1,4 +1,4 @@
-// Hopper's tensor cores (sm_90a): wgmma with the left operand in registers. Asynchronous, by warpgroups of 128 threads.
+// Hopper's tensor cores (sm_90a): wgmma. Asynchronous, by warpgroups of 128 threads.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -95,23 +95,31 @@ struct Wgmma;
 PYQUANT_WGMMAS(__nv_bfloat16, "bf16")
 PYQUANT_WGMMAS(__half, "f16")
 
-// sum[64, 64] += a[64, 16] * b[16, 64], both from shared memory, described by operand_128. By rows of 64 along the
-// reduction, or where `kAcross...` by rows of 64 across it: 16 further along it are then 16 rows, 2048 bytes.
-template <typename T, bool kAcrossA, bool kAcrossB>
-__device__ inline void multiply_64(float (&sum)[32], uint32_t a, uint32_t b) {
-#define PYQUANT_MULTIPLY_64(element)                                                            \
-  asm volatile(                                                                                 \
-      "{\n.reg .b64 left, right;\nmov.b64 left, {%32, %34};\nmov.b64 right, {%33, %34};\n"      \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." element "." element " {" PYQUANT_NUMBERS_32 \
-      "}, left, right, 1, 1, 1, %35, %36;\n}"                                                   \
-      : PYQUANT_SUMS_32(0)                                                                      \
-      : "r"(a), "r"(b), "n"(kOperand128), "n"(kAcrossA ? 1 : 0), "n"(kAcrossB ? 1 : 0))
-  if constexpr (std::is_same_v<T, __half>) {
-    PYQUANT_MULTIPLY_64("f16");
-  } else {
-    PYQUANT_MULTIPLY_64("bf16");
+// sum[64, kColumns] += a[64, 16] * b[16, kColumns], both from shared memory, described by operand_128. By rows of 64
+// along the reduction, or where `kAcross...` by rows of 64 across it (then of `b` 64 columns): 16 further along it are
+// then 16 rows, 2048 bytes.
+template <typename T, int kColumns, bool kAcrossA, bool kAcrossB>
+__device__ inline void multiply(float (&sum)[kColumns / 2], uint32_t a, uint32_t b) {
+  static_assert(kColumns == 64 || (kColumns == 256 && !kAcrossB));
+#define PYQUANT_MULTIPLY(element, columns, count, a0, b0, upper, across_a, across_b)                                   \
+  asm volatile("{\n.reg .b64 left, right;\nmov.b64 left, {%" #a0 ", %" #upper "};\nmov.b64 right, {%" #b0 ", %" #upper \
+               "};\nwgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." element "." element                         \
+               " {" PYQUANT_NUMBERS_##count "}, left, right, 1, 1, 1, %" #across_a ", %" #across_b ";\n}"              \
+               : PYQUANT_SUMS_##count(0)                                                                               \
+               : "r"(a), "r"(b), "n"(kOperand128), "n"(kAcrossA ? 1 : 0), "n"(kAcrossB ? 1 : 0))
+#define PYQUANT_MULTIPLY_COLUMNS(element)                         \
+  if constexpr (kColumns == 64) {                                 \
+    PYQUANT_MULTIPLY(element, 64, 32, 32, 33, 34, 35, 36);        \
+  } else {                                                        \
+    PYQUANT_MULTIPLY(element, 256, 128, 128, 129, 130, 131, 132); \
   }
-#undef PYQUANT_MULTIPLY_64
+  if constexpr (std::is_same_v<T, __half>) {
+    PYQUANT_MULTIPLY_COLUMNS("f16")
+  } else {
+    PYQUANT_MULTIPLY_COLUMNS("bf16")
+  }
+#undef PYQUANT_MULTIPLY_COLUMNS
+#undef PYQUANT_MULTIPLY
 }
 #undef PYQUANT_WGMMAS
 #undef PYQUANT_WGMMA

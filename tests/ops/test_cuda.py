@@ -303,7 +303,7 @@ def test_kernels_that_start_early_see_what_the_kernels_before_them_wrote():
 
 
 # The variable forces a kernel wherever it is legal; the other shapes fall to another one.
-@pytest.mark.parametrize("kernel", ["stream", "few_rows", "small_m", "wgmma", "mma", "simt"])
+@pytest.mark.parametrize("kernel", ["stream", "few_rows", "small_m", "wgmma", "dense", "mma", "simt"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("n", "k", "blocksize", "nested", "quant_type"),
@@ -368,6 +368,10 @@ FORCED_PLANS = [
     for split in range(1, min(tile // 8, 8) + 1)
 ]
 FORCED_PLANS += [("wgmma:128:2", 700, 14336, 256), ("wgmma:256:2", 1024, 14336, 256), ("wgmma:32:1", 700, 4096, 64)]
+# The dequantized weight: one block and pairs, of which the last one's second block has no columns; several turns.
+FORCED_PLANS += [
+    ("dense:256:1", *case) for case in ((100, 128, 1024), (300, 320, 320), (700, 14336, 256), (2100, 4096, 512))
+]
 
 
 @pytest.mark.parametrize(("plan", "rows", "n", "k"), FORCED_PLANS)
@@ -402,6 +406,10 @@ BESIDE = [
     ("wgmma:128:2:64", 200, 256, 2048),
     ("wgmma:64:3:64", 100, 640, 1024),
     ("wgmma:32:1:64", 40, 256, 512),
+    ("dense:256:1:256", 1000, 4096, 512),
+    ("dense:256:1:64", 500, 320, 1024),
+    ("dense:256:1:64", 300, 128, 512),
+    ("dense:256:1:256", 2048, 9216, 256),
 ]
 # The low-rank steps first, behind a kernel that has ended.
 BEHIND = [(f"{plan}:0", rows, n, k) for plan, rows, n, k in FORCED_PLANS]
@@ -410,9 +418,9 @@ BEHIND = [(f"{plan}:0", rows, n, k) for plan, rows, n, k in FORCED_PLANS]
 def force(monkeypatch, plan, rows, n, k, rank, direction):
     """Forces a plan, and fails where it is not legal and another one would be taken."""
     monkeypatch.setenv("PYQUANT_KERNEL", plan)
-    _, tile, split, beside = plan.split(":")
+    kernel, tile, split, beside = plan.split(":")
     chosen = pyquant.explain_plan(rows, n, k, rank=rank, direction=direction)
-    assert f"wgmma tile {tile}x128x64 split {split}{' beside ' if beside != '0' else ','}" in chosen
+    assert f"{kernel} tile {tile}x128x64 split {split}{' beside ' if beside != '0' else ','}" in chosen
 
 
 # 16 to 136: one to three low-rank steps.
@@ -429,6 +437,8 @@ ADAPTED += [
         (("wgmma:128:2:64", 200, 192, 320), (16, 384, 392)),
         (("wgmma:128:3:128", 100, 192, 512), (16, 384, 392)),
         (("wgmma:256:2:256", 300, 192, 2112), (16, 512)),
+        (("dense:256:1:256", 300, 192, 2112), (16, 512)),
+        (("dense:256:1:0", 300, 192, 576), (16, 512)),
     )
     for rank in ranks
 ]
@@ -588,6 +598,24 @@ def test_float32_factors_give_the_bits_of_rounded_ones(monkeypatch, plan, rows, 
 
     for of_floats, of_rounded in zip(run(*factors), run(*(f.bfloat16() for f in factors)), strict=True):
         assert torch.equal(of_floats, of_rounded)
+
+
+@pytest.mark.parametrize("elements", [0, 1])
+def test_a_dequantized_weight_is_there_before_the_linear(monkeypatch, elements):
+    """With a first factor that is not where it is read, and is copied: the plan is another one before than after."""
+    monkeypatch.setenv("PYQUANT_KERNEL", "dense")
+    rows, n, k, rank = 300, 512, 1024, 16
+    x, dy = (torch.randn(rows, size, device="cuda").bfloat16() for size in (k, n))
+    for _ in range(3):  # whose workspaces lie where the last one's did
+        weight, exact = quantized(n, k, device="cuda")
+        exact = exact.cuda()
+        factors = adapter(n, k, rank, torch.float32, "cuda")
+        lora_A, lora_B = (misaligned(factor.half(), elements) for factor in factors)
+        y, xa = ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 0.5, 0.0, None)
+        dx = ops.lora_linear_4bit_backward(dy, x, xa, *weight, lora_A, lora_B, 0.5, 0.0, None, True)[0]
+        rounded = lora_A.bfloat16(), lora_B.bfloat16()
+        check_adapted(x, y, exact, *rounded, forward=True)
+        check_adapted(dy, dx, exact, *rounded, forward=False)
 
 
 def misaligned(factor, elements):

@@ -39,17 +39,23 @@ void dequantize_4bit(const QuantizedMatrix& weight, DType dtype, void* output, c
 
 // y[m, n] = x[m, k] · Wᵀ + left[m, r] · factor[n, r]ᵀ + bias[n]. `bias` may be null.
 // `workspace`: linear_4bit_workspace bytes, 16-byte aligned, contents arbitrary.
+// linear_4bit_prepare does the part that is to come before the launch of `left`, whose contents it does not need: where
+// the plan wants the weight dequantized, it begins with that in `workspace` and returns true, which linear_4bit is told.
 int64_t linear_4bit_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const LowRank& lora);
+bool linear_4bit_prepare(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const LowRank& lora,
+                         void* workspace, cudaStream_t stream);
 bool linear_4bit_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const LowRank& lora);
 void linear_4bit(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const void* bias,
-                 const LowRank& lora, void* y, void* workspace, cudaStream_t stream);
+                 const LowRank& lora, void* y, void* workspace, bool prepared, cudaStream_t stream);
 
 // dx[m, k] = dy[m, n] · W + dropout(left[m, r] · factor[r, k]).
 int64_t linear_4bit_dx_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const LowRank& lora);
+bool linear_4bit_dx_prepare(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy, const LowRank& lora,
+                            void* workspace, cudaStream_t stream);
 bool linear_4bit_dx_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy,
                                 const LowRank& lora);
 void linear_4bit_dx(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy, const LowRank& lora,
-                    const Dropout& dropout, void* dx, void* workspace, cudaStream_t stream);
+                    const Dropout& dropout, void* dx, void* workspace, bool prepared, cudaStream_t stream);
 
 // to[count], of a 16-bit dtype: `from` rounded to it. With a word (take_word), the kernel sets it to 1 once all kernels
 // before have ended, and lets its successor start before that: one that waits for this one, as lora_down and lora_dya

@@ -52,7 +52,16 @@ bool reads_float(LinearDirection direction, const QuantizedMatrix& weight, DType
                  const LowRank& lora) {
   if (m <= 0 || lora.rank <= 0) return false;
   const LinearKernel kernel = plan_linear(problem_of(direction, weight, dtype, m, input, lora)).kernel;
-  return kernel == LinearKernel::kStream || kernel == LinearKernel::kWgmma;
+  return kernel == LinearKernel::kStream || kernel == LinearKernel::kWgmma || kernel == LinearKernel::kDense;
+}
+
+bool prepare(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, const void* input,
+             const LowRank& lora, void* workspace, cudaStream_t stream) {
+  if (m <= 0 || weight.numel() <= 0) return false;
+  const LinearPlan plan = plan_linear(problem_of(direction, weight, dtype, m, input, lora));
+  if (plan.kernel != LinearKernel::kDense) return false;
+  linear_dense_prelude(weight, dtype, direction, m, workspace, stream);
+  return true;
 }
 
 void run(LinearDirection direction, const LinearArguments& arguments, cudaStream_t stream) {
@@ -60,7 +69,12 @@ void run(LinearDirection direction, const LinearArguments& arguments, cudaStream
   if (arguments.m <= 0 || matrix.numel() <= 0) return;
   const LinearProblem problem =
       problem_of(direction, matrix, arguments.dtype, arguments.m, arguments.input, arguments.lora);
-  const LinearPlan plan = plan_linear(problem);
+  LinearPlan plan = plan_linear(problem);
+  if (plan.kernel == LinearKernel::kDense && !arguments.prepared) {
+    // The factor was not aligned when linear_4bit_prepare saw it, and has been copied since.
+    linear_dense_prelude(matrix, arguments.dtype, direction, arguments.m, arguments.workspace, stream);
+    plan.beside = 0;
+  }
   log_plan(problem, plan);
   switch (plan.kernel) {
     case LinearKernel::kStream:
@@ -70,6 +84,7 @@ void run(LinearDirection direction, const LinearArguments& arguments, cudaStream
     case LinearKernel::kSmallM:
       return linear_small_m(arguments, plan, stream);
     case LinearKernel::kWgmma:
+    case LinearKernel::kDense:
       return linear_wgmma(arguments, direction, plan, stream);
     case LinearKernel::kMma:
       return linear_mma(arguments, direction, plan, stream);
@@ -89,19 +104,30 @@ int64_t linear_4bit_workspace(const QuantizedMatrix& weight, DType dtype, int64_
   return workspace(LinearDirection::kForward, weight, dtype, m, lora);
 }
 
+bool linear_4bit_prepare(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const LowRank& lora,
+                         void* workspace, cudaStream_t stream) {
+  return prepare(LinearDirection::kForward, weight, dtype, m, x, lora, workspace, stream);
+}
+
 bool linear_4bit_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x,
                              const LowRank& lora) {
   return reads_float(LinearDirection::kForward, weight, dtype, m, x, lora);
 }
 
 void linear_4bit(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const void* bias,
-                 const LowRank& lora, void* y, void* workspace, cudaStream_t stream) {
+                 const LowRank& lora, void* y, void* workspace, bool prepared, cudaStream_t stream) {
   const Dropout no_dropout{nullptr, 0, 1.0f};
-  run(LinearDirection::kForward, {make_weight(weight), dtype, m, x, bias, lora, no_dropout, y, workspace}, stream);
+  run(LinearDirection::kForward, {make_weight(weight), dtype, m, x, bias, lora, no_dropout, y, workspace, prepared},
+      stream);
 }
 
 int64_t linear_4bit_dx_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const LowRank& lora) {
   return workspace(LinearDirection::kDx, weight, dtype, m, lora);
+}
+
+bool linear_4bit_dx_prepare(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy, const LowRank& lora,
+                            void* workspace, cudaStream_t stream) {
+  return prepare(LinearDirection::kDx, weight, dtype, m, dy, lora, workspace, stream);
 }
 
 bool linear_4bit_dx_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy,
@@ -110,8 +136,9 @@ bool linear_4bit_dx_reads_float(const QuantizedMatrix& weight, DType dtype, int6
 }
 
 void linear_4bit_dx(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy, const LowRank& lora,
-                    const Dropout& dropout, void* dx, void* workspace, cudaStream_t stream) {
-  run(LinearDirection::kDx, {make_weight(weight), dtype, m, dy, nullptr, lora, dropout, dx, workspace}, stream);
+                    const Dropout& dropout, void* dx, void* workspace, bool prepared, cudaStream_t stream) {
+  run(LinearDirection::kDx, {make_weight(weight), dtype, m, dy, nullptr, lora, dropout, dx, workspace, prepared},
+      stream);
 }
 
 }  // namespace pyquant::cuda

@@ -19,6 +19,7 @@ struct LinearArguments {
   Dropout dropout;
   void* output;
   void* workspace;
+  bool prepared;  // linear_4bit_prepare
 };
 
 // What linear_4bit or linear_4bit_dx will choose for an aligned input and adapter and LowRank::left_beside. Where that
@@ -31,6 +32,9 @@ void linear_few_rows(const LinearArguments& arguments, const LinearPlan& plan, c
 void linear_small_m(const LinearArguments& arguments, const LinearPlan& plan, cudaStream_t stream);
 void linear_wgmma(const LinearArguments& arguments, LinearDirection direction, const LinearPlan& plan,
                   cudaStream_t stream);
+// What is to be launched before linear_wgmma with a plan of kDense.
+void linear_dense_prelude(const QuantizedMatrix& weight, DType dtype, LinearDirection direction, int64_t m,
+                          void* workspace, cudaStream_t stream);
 void linear_mma(const LinearArguments& arguments, LinearDirection direction, const LinearPlan& plan,
                 cudaStream_t stream);
 void linear_simt(const LinearArguments& arguments, LinearDirection direction, cudaStream_t stream);

@@ -5,10 +5,12 @@
 // absmax there, and two warpgroups of consumers have 64 rows each: while the tensor cores multiply one step of 64 along
 // the reduction, the same threads decode the next one's weights straight into the registers of the left operand.
 // Decoded weights are never stored. Blocks are persistent; pairs of them (clusters) share the activations they copy.
-// Tiles that do not fill the GPU, be it all of them or those of a last wave, are shared by the blocks of a cluster,
-// which add their parts of the reduction through distributed shared memory. Few tokens leave registers for two teams of
-// consumers, which take every other step each, with all 128 rows: the time is then that of their instructions, not of
-// the products.
+// Or, for many tokens (LinearKernel::kDense), weights are dequantized to memory, once instead of once for every 256
+// tokens, and copied to shared memory from there; the warps that decode absmax otherwise do that, ahead of the
+// products. Tiles that do not fill the GPU, be it all of them or those of a last wave, are shared by the blocks of a
+// cluster, which add their parts of the reduction through distributed shared memory. Few tokens leave registers for two
+// teams of consumers, which take every other step each, with all 128 rows: the time is then that of their instructions,
+// not of the products.
 //
 // Weights and their statistics are read before the previous kernel has ended; everything else waits for that, but
 // beside the kernel of an adapter (Parameters::beside).
@@ -16,6 +18,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "kernels/cuda/dense_weight.h"
 #include "kernels/cuda/dropout.h"
 #include "kernels/cuda/element.h"
 #include "kernels/cuda/launch.h"
@@ -35,7 +38,7 @@ constexpr int kTeam = 256;   // threads of a team of consumers: two warpgroups. 
 [[maybe_unused]] constexpr int kScaleWarps = 2;
 constexpr int kPackedBytes = kTileW * kStep / 2;  // of W, a step
 constexpr int kScaleBytes = 1024;                 // decoded absmax, a step
-constexpr int kGroup = 8;                         // tiles of tokens that run side by side
+constexpr int kGroup = DenseLayout::kGroup;       // tiles of tokens that run side by side
 
 // Shared memory by address. Decoded pairs: entry b of the table, 128 bytes, holds the weights of byte b once for every
 // lane, so that no look-up has a bank conflict. Two rings: the activations of a step, and its weights with their
@@ -45,27 +48,31 @@ constexpr int kScales = kBase;
 constexpr int kTable = 0x8000;
 constexpr int kSlots = 0x10000;
 constexpr int kGather = 0x30000;  // rows of the output: of each warpgroup two buffers
-constexpr int kGatherTokens = 64;
-constexpr int kGatherBytes = kGatherTokens * 128;
-constexpr int kNested = kGather + 4 * kGatherBytes;
+constexpr int kNested = 0x38000;
 constexpr int kBarriers = kNested + 1024;
 constexpr int kWorks = kBarriers + 512;  // of the last kWorksKept turns
 constexpr int kWorksKept = 16;           // more than the producer of activations runs ahead
 constexpr int kSharedBytes = kWorks + kWorksKept * 16 - kBase;
 constexpr int kPartBytes = kTeam * 16;  // of a tile's sums: eight tokens of one block
 
-template <int kTokens>
+template <int kTokens, bool kDense = false>
 struct Layout {
   static constexpr int kStages = kTokens == 256 ? 4 : kTokens == 128 ? 6 : 10;  // of activations
   static constexpr int kSlotBytes = kTokens * kStep * 2;
-  static constexpr int kRing = kTokens == 256 ? 6 : 8;  // of weights
+  static constexpr int kRing = kDense ? 4 : kTokens == 256 ? 6 : 8;  // of weights
+  // Dense ones: three slots where packed ones have their table, the last behind smaller buffers of the output.
+  static constexpr int kDenseBytes = kTileW * kStep * 2;
+  __device__ static uint32_t dense_at(int stage) { return stage < 3 ? (stage + 1) * kDenseBytes : 0x34000; }
+  static constexpr int kGatherTokens = kDense ? 32 : 64;
+  static constexpr int kGatherBytes = kGatherTokens * 128;
+  static_assert(kGather + 4 * kGatherBytes <= (kDense ? 0x34000 : kNested));
   static constexpr int kPacked = kTokens == 256 ? kScales + kRing * kScaleBytes : kSlots + kStages * kSlotBytes;
   static_assert(kPacked % 512 == 0 && kScales + kRing * kScaleBytes <= kTable);
   static_assert(kPacked + kRing * kPackedBytes <= (kTokens == 256 ? kTable : kGather));
-  // Barriers: of the two rings, full and empty, and of the exchange. Behind the empty slots of activations is one for
+  // Barriers: of the two rings, full and empty, and of the exchange. Behind the empty slots of either is one for
   // "no slot".
   static constexpr int kFull = kBarriers, kEmpty = kFull + 8 * kStages, kFullW = kEmpty + 8 * (kStages + 1),
-                       kEmptyW = kFullW + 8 * kRing, kReceived = kEmptyW + 8 * kRing;
+                       kEmptyW = kFullW + 8 * kRing, kReceived = kEmptyW + 8 * (kRing + 1);
   static_assert(kReceived + 8 <= kBarriers + 512);
   // Where the parts of a split reduction are exchanged, by when nobody decodes any more: of every eight tokens, 4 KB
   // from each block of the cluster.
@@ -78,7 +85,8 @@ struct Layout {
 };
 
 struct Parameters {
-  CUtensorMap input, packed, left, output_map;
+  CUtensorMap input, packed, left, output_map;  // packed: or dense
+  DenseWeight dense;
   Weight weight;
   float table_scale;  // the codebook's, before it is rounded to 16 bits
   const void* factor;
@@ -128,22 +136,6 @@ __device__ inline void sync_threads(int threads) {
 [[maybe_unused]] __device__ inline uint32_t kept(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
-}
-
-// Two weights times absmax, given as the sum of two 16-bit numbers: rounded once, but for an error far below.
-template <typename T>
-__device__ inline uint32_t scaled(uint32_t pair, uint32_t high, uint32_t low) {
-  uint32_t result;
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("{\n.reg .b32 t;\nmul.rn.f16x2 t, %1, %3;\nfma.rn.f16x2 %0, %1, %2, t;\n}"
-        : "=r"(result)
-        : "r"(pair), "r"(high), "r"(low));
-  } else {
-    asm("{\n.reg .b32 t;\nmul.rn.bf16x2 t, %1, %3;\nfma.rn.bf16x2 %0, %1, %2, t;\n}"
-        : "=r"(result)
-        : "r"(pair), "r"(high), "r"(low));
-  }
-  return result;
 }
 
 // Whether the low-rank steps of a tile in turn i come last, when the kernel beside has computed their left factor.
@@ -210,13 +202,6 @@ struct Absmax {
   uint32_t raw;
   float nested;
 };
-
-// The two numbers whose sum `scaled` takes, the higher one in the lower half.
-template <typename T>
-__device__ inline uint32_t split_scale(float scale) {
-  const T high = from_float<T>(scale);
-  return pack_pair<T>(to_float(high), scale - to_float(high));
-}
 
 // The part of the two warps that decode absmax, from `work`, that of `turn`, on; `id`: of the thread among theirs. A
 // thread has two values a step. Forward: of rows id and id + 64 of the tile; dX: of row id of the step, for the two
@@ -372,9 +357,10 @@ struct Consumer {
   int group, w, lane, g, t;  // warpgroup, warp of it, lane, and its quad and place there
   // The lane's two rows of the left operand. Forward: rows 2 g and 2 g + 1 of the warp's 16 of W, in an order that
   // spreads the reads over the banks. dX: two neighbouring columns, as a packed byte has them; two warps share 32.
-  int flip, column;
+  // Dense: as the products have them, 8 apart.
+  int flip, column, apart;
 };
-template <bool kForward>
+template <bool kForward, bool kDense>
 __device__ inline Consumer this_consumer() {
   uint32_t thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
@@ -382,8 +368,11 @@ __device__ inline Consumer this_consumer() {
   Consumer c;
   c.group = thread / 128, c.w = thread / 32 % 4, c.lane = thread % 32;
   c.g = c.lane / 4, c.t = c.lane % 4;
-  c.flip = kForward ? c.g >> 2 : 0;
-  c.column = 64 * c.group + (kForward ? 16 * c.w + 2 * c.g : 32 * (c.w / 2) + 2 * (c.w & 1) + 4 * c.g);
+  c.flip = kForward && !kDense ? c.g >> 2 : 0;
+  c.column = 64 * c.group + (kDense     ? 16 * c.w + c.g
+                             : kForward ? 16 * c.w + 2 * c.g
+                                        : 32 * (c.w / 2) + 2 * (c.w & 1) + 4 * c.g);
+  c.apart = kDense ? 8 : 1;
   return c;
 }
 
@@ -394,12 +383,12 @@ struct Teams {
   static constexpr int kThreads = kTeam / kBlocks, kConsumers = kTeams * kThreads;
 };
 
-// kTeams: of consumers. With two, a block has one turn, of two steps or more.
-template <typename T, LinearDirection kDirection, int kTokens, int kTeams>
+// kTeams: of consumers. With two, a block has one turn, of two steps or more. kDense: with one, nothing is split.
+template <typename T, LinearDirection kDirection, int kTokens, int kTeams, bool kDense>
 __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
     linear_wgmma_kernel(const __grid_constant__ Parameters p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using L = Layout<kTokens>;
+  using L = Layout<kTokens, kDense>;
   constexpr int kBlocks = Teams<kTokens, kTeams>::kBlocks, kTeamWarps = Teams<kTokens, kTeams>::kThreads / 32;
   constexpr int kConsumers = Teams<kTokens, kTeams>::kConsumers, kThreads = kConsumers + 128;
   constexpr bool kForward = kDirection == LinearDirection::kForward;
@@ -426,12 +415,13 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
     }
     ptx::init_barrier(empty(L::kStages), 1);
     for (int stage = 0; stage < L::kRing; ++stage) {
-      ptx::init_barrier(full_w(stage), 1 + kScaleWarps * ptx::kWarpArrivals);
+      ptx::init_barrier(full_w(stage), 1 + (kDense ? 0 : kScaleWarps * ptx::kWarpArrivals));
       ptx::init_barrier(empty_w(stage), kTeamWarps * ptx::kWarpArrivals);
     }
+    ptx::init_barrier(empty_w(L::kRing), 1);
     ptx::init_barrier(window + L::kReceived, 1);
     ptx::fence_barrier_init();
-  } else if (threadIdx.x == kThreads - 32) {
+  } else if (threadIdx.x == kConsumers + 96) {
     ptx::prefetch_tensor_map(&p.packed);
     ptx::prefetch_tensor_map(&p.input);
   }
@@ -440,8 +430,12 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
 
   if (first_turn(p) > 0 && !has_work(p, 1)) return;  // so does the block that shares activations with this one
 
+  // More than the block was launched with would be waited for forever.
+  constexpr int kRegisters = kConsumers > 256 ? 104 : kDense ? 192 : 224, kOtherRegisters = kDense ? 120 : 56;
+  static_assert(kConsumers * kRegisters + 128 * kOtherRegisters <= kThreads * (65536 / kThreads / 8 * 8));
+
   if (warp >= kConsumers / 32) {
-    ptx::give_registers<56>();
+    ptx::give_registers<kOtherRegisters>();
     int turn = first_turn(p);
     Work work = work_at(p, turn, kTokens);
     if (warp == kConsumers / 32) {
@@ -483,15 +477,39 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
       }
       __syncwarp();
     } else if (warp == kConsumers / 32 + 3) {
-      // Weights, which no kernel writes that lets its successors start before it has ended.
+      // Packed weights, which no kernel writes that lets its successors start before it has ended. Dense ones are begun
+      // by a kernel before.
+      if (kDense && !p.beside) ptx::wait_for_previous_kernel();
       if (lane == 0) {
+        if (kDense && p.begun != nullptr) {
+          while (ptx::load_acquire(p.begun) == 0) continue;
+          ptx::fence_async_proxy_global();
+        }
         Ring<L::kRing> ring;
         for (;;) {
+          [[maybe_unused]] auto slab = [&] {
+            if constexpr (kDense) {
+              return DenseSlab(p.dense, work.row0 / kDenseSlab);
+            } else {
+              return 0;
+            }
+          }();
           for (int step = work.first_step; step < work.first_step + work.steps; ++step) {
             const uint32_t packed = window + L::kPacked + ring.stage * kPackedBytes;
             ptx::wait_barrier(empty_w(ring.stage), ring.phase ^ 1);
-            ptx::expect_bytes(full_w(ring.stage), kPackedBytes);
-            if (kForward) {
+            ptx::expect_bytes(full_w(ring.stage), kDense ? L::kDenseBytes : kPackedBytes);
+            if constexpr (kDense) {
+              const uint32_t dense = window + L::dense_at(ring.stage), barrier = full_w(ring.stage);
+              constexpr int kSteps = kDenseChunk / kStep;
+              if (step % kSteps == 0) slab.wait(step / kSteps);
+              if (kForward) {
+                ptx::copy_tile(dense, &p.packed, step * kStep, work.row0, barrier);
+              } else {
+                ptx::copy_tile(dense, &p.packed, work.row0, step * kStep, barrier);
+                ptx::copy_tile(dense + L::kDenseBytes / 2, &p.packed, work.row0 + 64, step * kStep, barrier);
+              }
+              if (step % kSteps > 0) slab.ask(step / kSteps + 1);
+            } else if (kForward) {
               ptx::copy_tile(packed, &p.packed, step * (kStep / 2), work.row0, full_w(ring.stage));
             } else {
               ptx::copy_tile(packed, &p.packed, work.row0 / 2, step * kStep, full_w(ring.stage));
@@ -503,6 +521,14 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
         }
       }
       __syncwarp();
+    } else if constexpr (kDense) {
+      if (!p.beside) ptx::wait_for_previous_kernel();
+      if (p.begun != nullptr) {
+        while (ptx::load_acquire(p.begun) == 0) continue;
+      }
+      load_nested_codes(p.weight, p.table_scale, window + kNested, threadIdx.x - kConsumers - 32, 64);
+      sync_threads<4>(64);
+      dequantize_pieces<T>(p.dense, p.weight, dense_decoder<T>(p.weight, p.table_scale, window + kNested), lane);
     } else {
       decode_absmax<T, kDirection, kTokens>(p, window, threadIdx.x - kConsumers - 32, turn, work);
     }
@@ -510,13 +536,10 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
     return;
   }
 
-  constexpr int kRegisters = kConsumers == 256 ? 224 : 104;
-  // More than the block was launched with would be waited for forever.
-  static_assert(kConsumers * kRegisters + 128 * 56 <= kThreads * (65536 / kThreads / 8 * 8));
   ptx::take_registers<kRegisters>();
   // The first nibble of a byte is the even weight. Eight threads write an entry, 16 bytes each. A lane has one code:
   // read by the nibble itself, the constants would come one after the other.
-  {
+  if constexpr (!kDense) {
     float code = 0.0f;
 #pragma unroll
     for (int i = 0; i < 16; ++i) code = lane % 16 == i ? p.weight.codebook[i] : code;
@@ -539,7 +562,7 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
   // in the registers of the operand, products. While the two products of half h run, half h + 1 is multiplied by its
   // absmax and half h + 2 loaded and looked up, so that hardly anybody waits for shared memory.
   uint32_t operand[kBlocks][16], pairs[kBlocks][8], words[kBlocks][kForward ? 8 : 4], scales[kBlocks][kForward ? 4 : 8];
-  const Consumer self = this_consumer<kForward>();
+  const Consumer self = this_consumer<kForward, kDense>();
   const bool blocksize_32 = p.weight.blocksize_log2 == 5;
   // The address of a look-up is the lane's copy of entry 0 and 128 times a byte of the word: one dot product.
   const uint32_t lane_table = kept(window | kTable | self.lane * 4);
@@ -627,7 +650,7 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
   // The left operand of a low-rank step, straight from the dense factor.
   uint32_t factor[16];
   const auto load_factor = [&](int row0, int lora_step) {
-    const Consumer c = this_consumer<kForward>();
+    const Consumer c = this_consumer<kForward, kDense>();
     const int flip = c.flip, t = c.t;
     const auto word = [&](int row, int at, bool inside) {
       const int64_t index = int64_t{row} * (kForward ? p.rank : p.columns) + at;
@@ -637,12 +660,25 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
       const float2 pair = __ldcg(reinterpret_cast<const float2*>(static_cast<const float*>(p.factor) + index));
       return pack_pair<T>(pair.x, pair.y);
     };
+    [[maybe_unused]] const auto element = [&](int row, int at) {
+      const int64_t index = int64_t{row} * p.columns + at;
+      return p.float_factor ? __ldcg(static_cast<const float*>(p.factor) + index)
+                            : to_float(__ldcg(static_cast<const T*>(p.factor) + index));
+    };
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int k = lora_step * kStep + i * 8 + 2 * t, outer = row0 + c.column;
       if constexpr (kForward) {
+        const int other = outer + c.apart - flip;
         factor[2 * i] = word(outer + flip, k, outer + flip < p.columns && k < p.rank);
-        factor[2 * i + 1] = word(outer + 1 - flip, k, outer + 1 - flip < p.columns && k < p.rank);
+        factor[2 * i + 1] = word(other, k, other < p.columns && k < p.rank);
+      } else if constexpr (kDense) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          const int at = outer + 8 * row;
+          const bool inside = at < p.columns && k < p.rank;
+          factor[2 * i + row] = inside ? pack_pair<T>(element(k, at), element(k + 1, at)) : 0u;
+        }
       } else {
         const bool inside = outer < p.columns && k < p.rank;
         const uint32_t first = word(k, outer, inside), second = word(k + 1, outer, inside);
@@ -714,6 +750,27 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
     current_w = next_w;
     if (more_weights) ring_w.template advance<kTeams>();
   };
+  // The same of dense weights; its slots have come.
+  const auto dense_step = [&](bool more) {
+    const uint32_t a = ptx::operand_128(window + L::dense_at(ring_w.stage) + self.group * (L::kDenseBytes / 2)),
+                   b = ptx::operand_128(slot_at(ring.stage));
+    const int this_slot = ring.stage, this_slot_w = ring_w.stage;
+    ring.advance(), ring_w.advance();
+    ptx::fence_products();
+#pragma unroll
+    for (int chunk = 0; chunk < 4; ++chunk) {
+      // 16 along the reduction are 32 bytes of a row, or 16 rows of 128.
+      if constexpr (kDense) {
+        ptx::multiply<T, kTokens, !kForward, false>(sum, a + chunk * (kForward ? 2 : 128), b + 2 * chunk);
+      }
+    }
+    ptx::commit_products();
+    if (more) ptx::wait_barrier(full_w(ring_w.stage), ring_w.phase), ptx::wait_barrier(full(ring.stage), ring.phase);
+    ptx::wait_products<1>();
+    release(previous);
+    ptx::arrive_for_warp(empty_w(current_w));
+    previous = this_slot, current_w = this_slot_w;
+  };
   // Fills the pipeline with the team's first step.
   const auto start = [&] {
     current_w = team;
@@ -770,7 +827,11 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
     ring.advance();
     work.lora_steps = 0;
   }
-  start();
+  if constexpr (kDense) {
+    current_w = L::kRing;
+  } else {
+    start();
+  }
   // Where registers allow it, a late step's factor waits in them.
   constexpr bool kFactorWaits = kForward || kTokens < 256;
   if (p.begun != nullptr) ptx::wait_barrier(full(ring.stage), ring.phase);  // activations have come, so it has begun
@@ -783,8 +844,8 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
       for (int block = 0; block < kBlocks; ++block) sums[block][i] = 0.0f;
     }
     if (kBlocks == 1 && !late_low_rank(p, turn)) multiply_low_rank(work);
-    if (!kForward && kBlocks == 1 && p.dropout.active() && work.lora_steps > 0) {
-      const Consumer c = this_consumer<kForward>();
+    if (!kForward && !kDense && kBlocks == 1 && p.dropout.active() && work.lora_steps > 0) {
+      const Consumer c = this_consumer<kForward, kDense>();
       const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
       const int64_t first = (int64_t{work.token0} + 2 * c.t) * p.columns + work.row0 + c.column;
       constexpr int kPairs = kTokens / 4;  // (token, two columns)
@@ -816,9 +877,17 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
 
     ptx::wait_barrier(full(ring.stage), ring.phase);
     int left = kTeams == 1 ? work.steps : (work.steps + 1 - team) / 2;
-    do {
-      step(left > 1, left > 1 || more_work);
-    } while (--left > 0);
+    if constexpr (kDense) {
+      ptx::wait_barrier(full_w(ring_w.stage), ring_w.phase);
+#pragma unroll 1  // unrolled, every product would wait for the one before
+      do {
+        dense_step(left > 1);
+      } while (--left > 0);
+    } else {
+      do {
+        step(left > 1, left > 1 || more_work);
+      } while (--left > 0);
+    }
     work = get_work(window, turn);
     if ((!kFactorWaits || kBlocks == 2) && late_low_rank(p, turn) && work.lora_steps > 0) load_factor(work.row0, 0);
     ptx::wait_products<0>();
@@ -826,6 +895,7 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
     for (int block = 0; block < kBlocks; ++block) ptx::hold_sums(sums[block]);
     release(previous);
     previous = L::kStages;
+    if constexpr (kDense) ptx::arrive_for_warp(empty_w(current_w)), current_w = L::kRing;
     if constexpr (kBlocks == 2) {
       // Each team gets the other's sums of its 64 rows, where the table and the packed weights were.
       constexpr int kSumsBytes = 128 * kTokens / 2 * 4;
@@ -888,25 +958,47 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
     }
 
     // The output goes through shared memory, rows of 64 columns with 128-byte swizzle, kGatherTokens at a time.
-    const Consumer c = this_consumer<kForward>();
+    const Consumer c = this_consumer<kForward, kDense>();
     const int group = c.group, column = c.column, flip = c.flip, t = c.t;
     const bool leader = c.w == 0 && c.lane == 0;
     const T* bias = static_cast<const T*>(p.bias);
     float bias_low = 0.0f, bias_high = 0.0f;
     if (bias != nullptr) {
-      const int low = work.row0 + column + flip, high = work.row0 + column + 1 - flip;
+      const int low = work.row0 + column + flip, high = work.row0 + column + c.apart - flip;
       if (low < p.columns) bias_low = to_float(__ldcg(bias + low));
       if (high < p.columns) bias_high = to_float(__ldcg(bias + high));
     }
     const int column0 = work.row0 + 64 * group;
+    constexpr int kGatherTokens = L::kGatherTokens, kGatherBytes = L::kGatherBytes;
     const uint32_t gather = window + kGather + group * 2 * kGatherBytes;
     const auto put = [&](uint32_t buffer, int token, float low, float high) {
       const uint32_t pair =
           flip != 0 ? pack_pair<T>(high + bias_high, low + bias_low) : pack_pair<T>(low + bias_low, high + bias_high);
       ptx::store_4(buffer + token * 128 + ((column - 64 * group) * 2 ^ (token & 7) << 4), pair);
     };
-    const auto sync_group = [&] { group == 0 ? sync_threads<1>(128) : sync_threads<2>(128); };
     constexpr int kPass = kTokens < kGatherTokens ? kTokens : kGatherTokens;
+    // kPass tokens, whose sums begin at v.
+    const auto put_pass = [&](uint32_t buffer, const float* v) {
+      if constexpr (kDense) {
+        // Matrix i of four: of the eight tokens behind token 8 * (i / 2), and the warp's first or second eight columns.
+        const int i = c.lane / 8, token = i / 2 * 8 + c.lane % 8, piece = 2 * c.w + (i & 1);
+        const uint32_t at = buffer + token * 128 + (piece ^ (token & 7)) * 16;
+#pragma unroll
+        for (int j = 0; j < kPass / 16; ++j, v += 8) {
+          const uint32_t matrices[4] = {
+              pack_pair<T>(v[0] + bias_low, v[1] + bias_low), pack_pair<T>(v[2] + bias_high, v[3] + bias_high),
+              pack_pair<T>(v[4] + bias_low, v[5] + bias_low), pack_pair<T>(v[6] + bias_high, v[7] + bias_high)};
+          ptx::store_matrices_transposed(at + j * 16 * 128, matrices);
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kPass / 8; ++j, v += 4) {
+          put(buffer, 8 * j + 2 * t, v[0], v[2]);
+          put(buffer, 8 * j + 2 * t + 1, v[1], v[3]);
+        }
+      }
+    };
+    const auto sync_group = [&] { group == 0 ? sync_threads<1>(128) : sync_threads<2>(128); };
 
     if (!work.split && p.vector_output) {
 #pragma unroll
@@ -914,12 +1006,7 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
         const uint32_t buffer = gather + pass % 2 * kGatherBytes;
         if (leader) ptx::wait_stores_read<1>();  // the copy out of this buffer
         sync_group();
-#pragma unroll
-        for (int j = 0; j < kPass / 8; ++j) {
-          const float* v = sum + pass * (kPass / 2) + 4 * j;
-          put(buffer, 8 * j + 2 * t, v[0], v[2]);
-          put(buffer, 8 * j + 2 * t + 1, v[1], v[3]);
-        }
+        put_pass(buffer, sum + pass * (kPass / 2));
         ptx::fence_async_proxy();
         sync_group();
         if (leader) ptx::store_tile(&p.output_map, column0, work.token0 + pass * kPass, buffer);
@@ -954,7 +1041,7 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
     };
 
     // Of halves, only what the other block adds up goes through shared memory.
-    constexpr bool kHalves = kTokens >= 2 * kGatherTokens;
+    constexpr bool kHalves = kTokens >= 2 * kGatherTokens && !kDense;
     if (kHalves && work.split && p.split == 2 && p.vector_output) {
       constexpr int kOwn = kTokens / 16;  // eights
       const uint32_t received = window + L::kReceived,
@@ -991,16 +1078,11 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
       break;  // a shared tile is the last
     }
 
-    if (!work.split) {
+    if (kDense || !work.split) {
 #pragma unroll
       for (int pass = 0; pass < kTokens / kPass; ++pass) {
         sync_group();
-#pragma unroll
-        for (int j = 0; j < kPass / 8; ++j) {
-          const float* v = sum + pass * (kPass / 2) + 4 * j;
-          put(gather, 8 * j + 2 * t, v[0], v[2]);
-          put(gather, 8 * j + 2 * t + 1, v[1], v[3]);
-        }
+        put_pass(gather, sum + pass * (kPass / 2));
         write_rows(work.token0 + pass * kPass, kPass);
       }
     } else {
@@ -1092,14 +1174,53 @@ float best_table_scale(const float (&codebook)[16]) {
   return best;
 }
 
+// Before a multiplication by a dequantized weight: its first tasks, and zero for the counters of the others.
+constexpr int kPreludeThreads = 128;
+template <typename T>
+__global__ void __launch_bounds__(kPreludeThreads)
+    dense_prelude_kernel(const __grid_constant__ Weight weight, float table_scale,
+                         const __grid_constant__ DenseWeight dense) {
+  __shared__ alignas(16) float nested_codes[256];
+  const uint32_t nested = ptx::shared_address(nested_codes);
+  load_nested_codes(weight, table_scale, nested, threadIdx.x, kPreludeThreads);
+  const DenseDecoder decoder = dense_decoder<T>(weight, table_scale, nested);
+  __syncthreads();
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
+  const int thread = static_cast<int>(blockIdx.x) * kPreludeThreads + threadIdx.x;
+  for (int i = thread; i < dense.counter_count(); i += static_cast<int>(gridDim.x) * kPreludeThreads) {
+    dense.counters[i] = 0;
+  }
+  const int piece = thread / 32, task = piece / kDensePieces;
+  if (task >= dense.begun_tasks()) return;
+  DensePiece values;
+  values.load(dense, weight, task % dense.turn_slabs, task / dense.turn_slabs, piece % kDensePieces, thread % 32);
+  values.store<T>(dense, weight, decoder, thread % 32);
+}
+
 template <typename T>
 float table_scale(const Weight& weight) {
   static const float scales[2] = {best_table_scale<T>(kFP4Values), best_table_scale<T>(kNF4Values)};
   return scales[weight.matrix.type == QuantType::kNF4 ? 1 : 0];
 }
 
-template <typename T, LinearDirection kDirection, int kTokens>
+// The weight that `workspace` (LinearPlan::workspace) is for.
+DenseWeight dense_weight(const QuantizedMatrix& matrix, LinearDirection direction, int64_t m, void* workspace) {
+  const DenseLayout layout(direction, m, matrix.n, matrix.k, current_device().sm_count);
+  DenseWeight dense{};
+  dense.values = workspace;
+  dense.counters = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + layout.value_bytes);
+  dense.forward = direction == LinearDirection::kForward;
+  dense.slabs = static_cast<int>(layout.slabs);
+  dense.chunks = static_cast<int>(layout.chunks);
+  dense.turn_slabs = static_cast<int>(layout.turn_slabs);
+  dense.begun_chunks = std::min(dense.chunks, 3);
+  return dense;
+}
+
+template <typename T, LinearDirection kDirection, int kTokens, bool kDense>
 void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream_t stream) {
+  using L = Layout<kTokens, kDense>;
   constexpr int kMostTeams = kTokens <= 128 ? 2 : 1;
   constexpr bool kForward = kDirection == LinearDirection::kForward;
   constexpr CUtensorMapDataType kElement =
@@ -1119,9 +1240,15 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   p.skipped = static_cast<int>(plan.blocks_beside(arguments.m, rank));  // where there is no room for them
   p.input = make_tensor_map(arguments.input, kElement, arguments.m, reduction, reduction * 2,
                             p.share ? kTokens / 2 : kTokens, kStep, CU_TENSOR_MAP_SWIZZLE_128B);
-  p.packed = make_tensor_map(matrix.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, matrix.n, matrix.k / 2, matrix.k / 2,
-                             kForward ? kTileW : kStep, (kForward ? kStep : kTileW) / 2,
-                             kForward ? CU_TENSOR_MAP_SWIZZLE_32B : CU_TENSOR_MAP_SWIZZLE_64B);
+  if (kDense) {
+    p.dense = dense_weight(matrix, kDirection, arguments.m, arguments.workspace);
+    p.packed = make_tensor_map(arguments.workspace, kElement, matrix.n, matrix.k, matrix.k * 2,
+                               kForward ? kTileW : kStep, kStep, CU_TENSOR_MAP_SWIZZLE_128B);
+  } else {
+    p.packed = make_tensor_map(matrix.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, matrix.n, matrix.k / 2, matrix.k / 2,
+                               kForward ? kTileW : kStep, (kForward ? kStep : kTileW) / 2,
+                               kForward ? CU_TENSOR_MAP_SWIZZLE_32B : CU_TENSOR_MAP_SWIZZLE_64B);
+  }
   if (rank > 0) {
     p.left = make_tensor_map(arguments.lora.left, kElement, arguments.m, rank, rank * 2, kTokens, kStep,
                              CU_TENSOR_MAP_SWIZZLE_128B);
@@ -1136,7 +1263,7 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   p.vector_output = aligned_16(p.output) && p.columns % 8 == 0;
   if (p.vector_output) {
     p.output_map = make_tensor_map(p.output, kElement, arguments.m, p.columns, int64_t{p.columns} * 2,
-                                   std::min(kTokens, kGatherTokens), 64, CU_TENSOR_MAP_SWIZZLE_128B);
+                                   std::min(kTokens, L::kGatherTokens), 64, CU_TENSOR_MAP_SWIZZLE_128B);
   }
   p.steps = static_cast<int>(ceil_div(reduction, kStep));
   for (int part = 0; part <= p.split; ++part) p.first_step[part] = p.steps * part / p.split;
@@ -1151,7 +1278,7 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
     const unsigned consumers = teams == 1 ? kTeam : Teams<kTokens, kMostTeams>::kConsumers;
     return Launch{1, consumers + 128, kSharedBytes, stream, static_cast<unsigned>(cluster), true};
   };
-  const auto one_team = linear_wgmma_kernel<T, kDirection, kTokens, 1>;
+  const auto one_team = linear_wgmma_kernel<T, kDirection, kTokens, 1, kDense>;
   int clusters;
   if (p.split == 1) {
     const int room = std::max(1, current_device().sm_count / cluster);
@@ -1172,12 +1299,11 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   }
   // Two teams, where they pay: of few tokens with nothing beside, or of 128 with low-rank steps only at the end. Each
   // of those steps has a slot of its own, and one team's first step another.
-  using L = Layout<kTokens>;
   const bool one_turn = clusters == units && p.rounds == 0 && p.skipped == 0;
   const bool pays = kTokens == 128 ? rank == 0 || (p.beside && p.lora_steps <= L::kStages)
                                    : !p.beside && p.lora_steps + 1 < L::kStages;
   const int teams = one_turn && pays && p.steps / p.split >= 2 ? kMostTeams : 1;
-  const auto kernel = teams == 1 ? one_team : linear_wgmma_kernel<T, kDirection, kTokens, kMostTeams>;
+  const auto kernel = teams == 1 ? one_team : linear_wgmma_kernel<T, kDirection, kTokens, kMostTeams, kDense>;
   Launch shape = shape_of(reinterpret_cast<const void*>(kernel), teams);
   shape.grid = grid_size(int64_t{clusters} * cluster, "linear_wgmma");
   const std::string problem = "of " + std::to_string(p.m) + " rows and a [" + std::to_string(matrix.n) + ", " +
@@ -1189,17 +1315,32 @@ template <typename T, LinearDirection kDirection>
 void launch_tokens(const LinearArguments& arguments, const LinearPlan& plan, cudaStream_t stream) {
   switch (plan.tile_m) {
     case 32:
-      return launch<T, kDirection, 32>(arguments, plan, stream);
+      return launch<T, kDirection, 32, false>(arguments, plan, stream);
     case 64:
-      return launch<T, kDirection, 64>(arguments, plan, stream);
+      return launch<T, kDirection, 64, false>(arguments, plan, stream);
     case 128:
-      return launch<T, kDirection, 128>(arguments, plan, stream);
+      return launch<T, kDirection, 128, false>(arguments, plan, stream);
     default:
-      return launch<T, kDirection, 256>(arguments, plan, stream);
+      return plan.kernel == LinearKernel::kDense ? launch<T, kDirection, 256, true>(arguments, plan, stream)
+                                                 : launch<T, kDirection, 256, false>(arguments, plan, stream);
   }
 }
 
 }  // namespace
+
+void linear_dense_prelude(const QuantizedMatrix& matrix, DType dtype, LinearDirection direction, int64_t m,
+                          void* workspace, cudaStream_t stream) {
+  const Weight weight = make_weight(matrix);
+  const DenseWeight dense = dense_weight(matrix, direction, m, workspace);
+  const int64_t warps = int64_t{dense.turn_slabs} * dense.begun_chunks * kDensePieces;
+  with_half_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    launch_kernel(
+        "dense_prelude", "of a [" + std::to_string(matrix.n) + ", " + std::to_string(matrix.k) + "] weight",
+        {grid_size(ceil_div(warps * 32, kPreludeThreads), "dense_prelude"), kPreludeThreads, 0, stream, 1, true},
+        dense_prelude_kernel<T>, weight, table_scale<T>(weight), dense);
+  });
+}
 
 void linear_wgmma(const LinearArguments& arguments, LinearDirection direction, const LinearPlan& plan,
                   cudaStream_t stream) {

@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(Layout<kGroups>::kThreads) lora_wgmma_kernel(c
     ptx::fence_products();
 #pragma unroll
     for (int chunk = 0; chunk < 4; ++chunk) {
-      ptx::multiply_64<T, kLargeByStep, kSmallByStep>(sum, a + chunk * (kLargeByStep ? 128 : 2),
-                                                      b + chunk * (kSmallByStep ? 128 : 2));
+      ptx::multiply<T, kTile, kLargeByStep, kSmallByStep>(sum, a + chunk * (kLargeByStep ? 128 : 2),
+                                                          b + chunk * (kSmallByStep ? 128 : 2));
     }
     ptx::commit_products();
     ptx::wait_products<1>();
