@@ -44,7 +44,7 @@ enum class LinearKernel : int {
   kFewRows,  // 16-bit, few rows of x, bandwidth-bound: tensor cores fed from a table of byte values
   kSmallM,   // 16-bit, few rows of x, bandwidth-bound: rows of W to warps, fp32 arithmetic
   kWgmma,    // 16-bit, Hopper's tensor cores
-  kDense,    // 16-bit, Hopper's tensor cores, many rows: of the weight dequantized to memory, once and meanwhile
+  kDense,    // the same by a weight that was dequantized to memory before: very many rows
   kMma,      // 16-bit, tensor cores through mma.sync
   kSimt,     // any type and shape, fp32 arithmetic
 };
@@ -66,16 +66,6 @@ struct LinearPlan {
 
   // Bytes for the partial sums of a split reduction, or for the dequantized weight.
   int64_t workspace(const LinearProblem& problem) const;
-};
-
-// The workspace of kDense: the dequantized weight, in slabs of 256 across the reduction and chunks of 256 along it, and
-// behind it a counter for each slab and each of their chunks, and one more.
-struct DenseLayout {
-  int64_t slabs, chunks;
-  int64_t turn_slabs;  // that the blocks of a GPU want in a turn: they take up to kGroup tiles of 256 rows at a time
-  int64_t value_bytes, bytes;
-  DenseLayout(LinearDirection direction, int64_t m, int64_t n, int64_t k, int sm_count);
-  static constexpr int64_t kGroup = 8;
 };
 
 // The best legal plan. PYQUANT_DENSE=0 leaves kDense out, and with it the memory that it takes. PYQUANT_KERNEL=stream,

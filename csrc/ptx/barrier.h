@@ -86,17 +86,4 @@ __device__ inline uint32_t load_acquire(const uint32_t* word) {
   return value;
 }
 
-// Adds 1 and returns what was there. Not by atom.add, for which the compiler collects what several lanes add, and waits
-// for the answer at once.
-__device__ inline uint32_t fetch_increment(uint32_t* word) {
-  uint32_t before;
-  asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(0x7FFFFFFFu) : "memory");
-  return before;
-}
-__device__ inline void add(uint32_t* word, uint32_t value) {
-  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
-}
-// All that this thread knows to be written is, for who acquires what it writes from now on.
-__device__ inline void fence_release() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-
 }  // namespace pyquant::ptx

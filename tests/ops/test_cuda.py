@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 import pyquant
 import pyquant.functional as F
+from pyquant import autograd
 from pyquant.bench.shapes import MISTRAL_7B
 
 pytestmark = pytest.mark.gpu
@@ -370,7 +371,7 @@ FORCED_PLANS = [
 FORCED_PLANS += [("wgmma:128:2", 700, 14336, 256), ("wgmma:256:2", 1024, 14336, 256), ("wgmma:32:1", 700, 4096, 64)]
 # The dequantized weight: one block and pairs, of which the last one's second block has no columns; several turns.
 FORCED_PLANS += [
-    ("dense:256:1", *case) for case in ((100, 128, 1024), (300, 320, 320), (700, 14336, 256), (2100, 4096, 512))
+    ("dense:256:1", *case) for case in ((100, 120, 1024), (300, 320, 520), (700, 14336, 256), (2100, 4096, 512))
 ]
 
 
@@ -438,7 +439,7 @@ ADAPTED += [
         (("wgmma:128:3:128", 100, 192, 512), (16, 384, 392)),
         (("wgmma:256:2:256", 300, 192, 2112), (16, 512)),
         (("dense:256:1:256", 300, 192, 2112), (16, 512)),
-        (("dense:256:1:0", 300, 192, 576), (16, 512)),
+        (("dense:256:1:0", 300, 200, 520), (16, 512)),
     )
     for rank in ranks
 ]
@@ -616,6 +617,42 @@ def test_a_dequantized_weight_is_there_before_the_linear(monkeypatch, elements):
         rounded = lora_A.bfloat16(), lora_B.bfloat16()
         check_adapted(x, y, exact, *rounded, forward=True)
         check_adapted(dy, dx, exact, *rounded, forward=False)
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize(
+    ("rows", "plan", "dense_weights"), [(256, None, 0), (1024, None, 0), (4096, "wgmma", 0), (4096, "dense", 1)]
+)
+def test_no_dequantized_weight_is_kept_and_fused_plans_make_none(monkeypatch, rows, plan, dense_weights, rank):
+    """From the allocator's peak in a training step: between the passes there is nothing of the weight's size, and
+    within them only the one of a dense plan."""
+    if plan:
+        monkeypatch.setenv("PYQUANT_KERNEL", plan)
+    n, k = 4096, 2048
+    size = 2 * n * k
+    weight, _ = quantized(n, k, device="cuda")
+    factors = [f.requires_grad_() for f in adapter(n, k, rank, torch.float32, "cuda")] if rank else []
+    x = torch.randn(rows, k, device="cuda").bfloat16().requires_grad_()
+    dy = torch.randn(rows, n, device="cuda").bfloat16()
+
+    def forward():
+        if not rank:
+            return autograd.linear_4bit(x, *weight, None)
+        return autograd.lora_linear_4bit(x, *weight, None, *factors, 2.0, 0.0, None)[0]
+
+    forward().backward(dy)  # what the first use allocates for good
+    x.grad = None
+    for factor in factors:
+        factor.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = forward()
+    kept = torch.cuda.memory_allocated() - before - y.nbytes
+    y.backward(dy)
+    peak = torch.cuda.max_memory_allocated() - before - y.nbytes - x.nbytes
+    adapters = rows * rank * 2 + 10 * sum(f.nbytes for f in factors)  # products, gradients and their partial sums
+    assert kept <= 0.01 * size + adapters < 0.5 * size
+    assert (dense_weights - 0.1) * size <= peak <= (dense_weights + 0.01) * size + adapters
 
 
 def misaligned(factor, elements):

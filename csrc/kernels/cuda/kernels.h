@@ -40,7 +40,7 @@ void dequantize_4bit(const QuantizedMatrix& weight, DType dtype, void* output, c
 // y[m, n] = x[m, k] · Wᵀ + left[m, r] · factor[n, r]ᵀ + bias[n]. `bias` may be null.
 // `workspace`: linear_4bit_workspace bytes, 16-byte aligned, contents arbitrary.
 // linear_4bit_prepare does the part that is to come before the launch of `left`, whose contents it does not need: where
-// the plan wants the weight dequantized, it begins with that in `workspace` and returns true, which linear_4bit is told.
+// the plan wants the weight dequantized, it writes that to `workspace` and returns true: linear_4bit's `prepared`.
 int64_t linear_4bit_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const LowRank& lora);
 bool linear_4bit_prepare(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const LowRank& lora,
                          void* workspace, cudaStream_t stream);

@@ -60,7 +60,7 @@ bool prepare(LinearDirection direction, const QuantizedMatrix& weight, DType dty
   if (m <= 0 || weight.numel() <= 0) return false;
   const LinearPlan plan = plan_linear(problem_of(direction, weight, dtype, m, input, lora));
   if (plan.kernel != LinearKernel::kDense) return false;
-  linear_dense_prelude(weight, dtype, direction, m, workspace, stream);
+  dequantize_4bit(weight, dtype, workspace, stream);
   return true;
 }
 
@@ -72,7 +72,7 @@ void run(LinearDirection direction, const LinearArguments& arguments, cudaStream
   LinearPlan plan = plan_linear(problem);
   if (plan.kernel == LinearKernel::kDense && !arguments.prepared) {
     // The factor was not aligned when linear_4bit_prepare saw it, and has been copied since.
-    linear_dense_prelude(matrix, arguments.dtype, direction, arguments.m, arguments.workspace, stream);
+    dequantize_4bit(matrix, arguments.dtype, arguments.workspace, stream);
     plan.beside = 0;
   }
   log_plan(problem, plan);

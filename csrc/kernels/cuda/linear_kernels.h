@@ -32,9 +32,6 @@ void linear_few_rows(const LinearArguments& arguments, const LinearPlan& plan, c
 void linear_small_m(const LinearArguments& arguments, const LinearPlan& plan, cudaStream_t stream);
 void linear_wgmma(const LinearArguments& arguments, LinearDirection direction, const LinearPlan& plan,
                   cudaStream_t stream);
-// What is to be launched before linear_wgmma with a plan of kDense.
-void linear_dense_prelude(const QuantizedMatrix& weight, DType dtype, LinearDirection direction, int64_t m,
-                          void* workspace, cudaStream_t stream);
 void linear_mma(const LinearArguments& arguments, LinearDirection direction, const LinearPlan& plan,
                 cudaStream_t stream);
 void linear_simt(const LinearArguments& arguments, LinearDirection direction, cudaStream_t stream);

@@ -5,12 +5,11 @@
 // absmax there, and two warpgroups of consumers have 64 rows each: while the tensor cores multiply one step of 64 along
 // the reduction, the same threads decode the next one's weights straight into the registers of the left operand.
 // Decoded weights are never stored. Blocks are persistent; pairs of them (clusters) share the activations they copy.
-// Or, for many tokens (LinearKernel::kDense), weights are dequantized to memory, once instead of once for every 256
-// tokens, and copied to shared memory from there; the warps that decode absmax otherwise do that, ahead of the
-// products. Tiles that do not fill the GPU, be it all of them or those of a last wave, are shared by the blocks of a
-// cluster, which add their parts of the reduction through distributed shared memory. Few tokens leave registers for two
-// teams of consumers, which take every other step each, with all 128 rows: the time is then that of their instructions,
-// not of the products.
+// Tiles that do not fill the GPU, be it all of them or those of a last wave, are shared by the blocks of a cluster,
+// which add their parts of the reduction through distributed shared memory. Few tokens leave registers for two teams of
+// consumers, which take every other step each, with all 128 rows: the time is then that of their instructions, not of
+// the products. Very many tokens (LinearKernel::kDense) find the weights dequantized in memory, by a kernel before,
+// once instead of once for every 256 tokens, and have them copied to shared memory as they are.
 //
 // Weights and their statistics are read before the previous kernel has ended; everything else waits for that, but
 // beside the kernel of an adapter (Parameters::beside).
@@ -18,7 +17,6 @@
 #include <cmath>
 #include <type_traits>
 
-#include "kernels/cuda/dense_weight.h"
 #include "kernels/cuda/dropout.h"
 #include "kernels/cuda/element.h"
 #include "kernels/cuda/launch.h"
@@ -38,7 +36,7 @@ constexpr int kTeam = 256;   // threads of a team of consumers: two warpgroups. 
 [[maybe_unused]] constexpr int kScaleWarps = 2;
 constexpr int kPackedBytes = kTileW * kStep / 2;  // of W, a step
 constexpr int kScaleBytes = 1024;                 // decoded absmax, a step
-constexpr int kGroup = DenseLayout::kGroup;       // tiles of tokens that run side by side
+constexpr int kGroup = 8;                         // tiles of tokens that run side by side
 
 // Shared memory by address. Decoded pairs: entry b of the table, 128 bytes, holds the weights of byte b once for every
 // lane, so that no look-up has a bank conflict. Two rings: the activations of a step, and its weights with their
@@ -86,7 +84,6 @@ struct Layout {
 
 struct Parameters {
   CUtensorMap input, packed, left, output_map;  // packed: or dense
-  DenseWeight dense;
   Weight weight;
   float table_scale;  // the codebook's, before it is rounded to 16 bits
   const void* factor;
@@ -136,6 +133,22 @@ __device__ inline void sync_threads(int threads) {
 [[maybe_unused]] __device__ inline uint32_t kept(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
+}
+
+// Two weights times absmax, given as the sum of two 16-bit numbers: rounded once, but for an error far below.
+template <typename T>
+__device__ inline uint32_t scaled(uint32_t pair, uint32_t high, uint32_t low) {
+  uint32_t result;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("{\n.reg .b32 t;\nmul.rn.f16x2 t, %1, %3;\nfma.rn.f16x2 %0, %1, %2, t;\n}"
+        : "=r"(result)
+        : "r"(pair), "r"(high), "r"(low));
+  } else {
+    asm("{\n.reg .b32 t;\nmul.rn.bf16x2 t, %1, %3;\nfma.rn.bf16x2 %0, %1, %2, t;\n}"
+        : "=r"(result)
+        : "r"(pair), "r"(high), "r"(low));
+  }
+  return result;
 }
 
 // Whether the low-rank steps of a tile in turn i come last, when the kernel beside has computed their left factor.
@@ -202,6 +215,13 @@ struct Absmax {
   uint32_t raw;
   float nested;
 };
+
+// The two numbers whose sum `scaled` takes, the higher one in the lower half.
+template <typename T>
+__device__ inline uint32_t split_scale(float scale) {
+  const T high = from_float<T>(scale);
+  return pack_pair<T>(to_float(high), scale - to_float(high));
+}
 
 // The part of the two warps that decode absmax, from `work`, that of `turn`, on; `id`: of the thread among theirs. A
 // thread has two values a step. Forward: of rows id and id + 64 of the tile; dX: of row id of the step, for the two
@@ -421,7 +441,7 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
     ptx::init_barrier(empty_w(L::kRing), 1);
     ptx::init_barrier(window + L::kReceived, 1);
     ptx::fence_barrier_init();
-  } else if (threadIdx.x == kConsumers + 96) {
+  } else if (threadIdx.x == kThreads - 32) {
     ptx::prefetch_tensor_map(&p.packed);
     ptx::prefetch_tensor_map(&p.input);
   }
@@ -430,12 +450,8 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
 
   if (first_turn(p) > 0 && !has_work(p, 1)) return;  // so does the block that shares activations with this one
 
-  // More than the block was launched with would be waited for forever.
-  constexpr int kRegisters = kConsumers > 256 ? 104 : kDense ? 192 : 224, kOtherRegisters = kDense ? 120 : 56;
-  static_assert(kConsumers * kRegisters + 128 * kOtherRegisters <= kThreads * (65536 / kThreads / 8 * 8));
-
   if (warp >= kConsumers / 32) {
-    ptx::give_registers<kOtherRegisters>();
+    ptx::give_registers<56>();
     int turn = first_turn(p);
     Work work = work_at(p, turn, kTokens);
     if (warp == kConsumers / 32) {
@@ -477,8 +493,8 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
       }
       __syncwarp();
     } else if (warp == kConsumers / 32 + 3) {
-      // Packed weights, which no kernel writes that lets its successors start before it has ended. Dense ones are begun
-      // by a kernel before.
+      // Packed weights, which no kernel writes that lets its successors start before it has ended. Dense ones come from
+      // a kernel before, as activations may.
       if (kDense && !p.beside) ptx::wait_for_previous_kernel();
       if (lane == 0) {
         if (kDense && p.begun != nullptr) {
@@ -487,28 +503,18 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
         }
         Ring<L::kRing> ring;
         for (;;) {
-          [[maybe_unused]] auto slab = [&] {
-            if constexpr (kDense) {
-              return DenseSlab(p.dense, work.row0 / kDenseSlab);
-            } else {
-              return 0;
-            }
-          }();
           for (int step = work.first_step; step < work.first_step + work.steps; ++step) {
             const uint32_t packed = window + L::kPacked + ring.stage * kPackedBytes;
             ptx::wait_barrier(empty_w(ring.stage), ring.phase ^ 1);
             ptx::expect_bytes(full_w(ring.stage), kDense ? L::kDenseBytes : kPackedBytes);
             if constexpr (kDense) {
               const uint32_t dense = window + L::dense_at(ring.stage), barrier = full_w(ring.stage);
-              constexpr int kSteps = kDenseChunk / kStep;
-              if (step % kSteps == 0) slab.wait(step / kSteps);
               if (kForward) {
                 ptx::copy_tile(dense, &p.packed, step * kStep, work.row0, barrier);
               } else {
                 ptx::copy_tile(dense, &p.packed, work.row0, step * kStep, barrier);
                 ptx::copy_tile(dense + L::kDenseBytes / 2, &p.packed, work.row0 + 64, step * kStep, barrier);
               }
-              if (step % kSteps > 0) slab.ask(step / kSteps + 1);
             } else if (kForward) {
               ptx::copy_tile(packed, &p.packed, step * (kStep / 2), work.row0, full_w(ring.stage));
             } else {
@@ -521,21 +527,16 @@ __global__ void __launch_bounds__(Teams<kTokens, kTeams>::kConsumers + 128, 1)
         }
       }
       __syncwarp();
-    } else if constexpr (kDense) {
-      if (!p.beside) ptx::wait_for_previous_kernel();
-      if (p.begun != nullptr) {
-        while (ptx::load_acquire(p.begun) == 0) continue;
-      }
-      load_nested_codes(p.weight, p.table_scale, window + kNested, threadIdx.x - kConsumers - 32, 64);
-      sync_threads<4>(64);
-      dequantize_pieces<T>(p.dense, p.weight, dense_decoder<T>(p.weight, p.table_scale, window + kNested), lane);
-    } else {
+    } else if (!kDense) {
       decode_absmax<T, kDirection, kTokens>(p, window, threadIdx.x - kConsumers - 32, turn, work);
     }
     if (p.share) ptx::arrive_cluster_relaxed(), ptx::wait_cluster();
     return;
   }
 
+  constexpr int kRegisters = kConsumers == 256 ? 224 : 104;
+  // More than the block was launched with would be waited for forever.
+  static_assert(kConsumers * kRegisters + 128 * 56 <= kThreads * (65536 / kThreads / 8 * 8));
   ptx::take_registers<kRegisters>();
   // The first nibble of a byte is the even weight. Eight threads write an entry, 16 bytes each. A lane has one code:
   // read by the nibble itself, the constants would come one after the other.
@@ -1174,48 +1175,10 @@ float best_table_scale(const float (&codebook)[16]) {
   return best;
 }
 
-// Before a multiplication by a dequantized weight: its first tasks, and zero for the counters of the others.
-constexpr int kPreludeThreads = 128;
-template <typename T>
-__global__ void __launch_bounds__(kPreludeThreads)
-    dense_prelude_kernel(const __grid_constant__ Weight weight, float table_scale,
-                         const __grid_constant__ DenseWeight dense) {
-  __shared__ alignas(16) float nested_codes[256];
-  const uint32_t nested = ptx::shared_address(nested_codes);
-  load_nested_codes(weight, table_scale, nested, threadIdx.x, kPreludeThreads);
-  const DenseDecoder decoder = dense_decoder<T>(weight, table_scale, nested);
-  __syncthreads();
-  ptx::wait_for_previous_kernel();
-  ptx::let_next_kernel_start();
-  const int thread = static_cast<int>(blockIdx.x) * kPreludeThreads + threadIdx.x;
-  for (int i = thread; i < dense.counter_count(); i += static_cast<int>(gridDim.x) * kPreludeThreads) {
-    dense.counters[i] = 0;
-  }
-  const int piece = thread / 32, task = piece / kDensePieces;
-  if (task >= dense.begun_tasks()) return;
-  DensePiece values;
-  values.load(dense, weight, task % dense.turn_slabs, task / dense.turn_slabs, piece % kDensePieces, thread % 32);
-  values.store<T>(dense, weight, decoder, thread % 32);
-}
-
 template <typename T>
 float table_scale(const Weight& weight) {
   static const float scales[2] = {best_table_scale<T>(kFP4Values), best_table_scale<T>(kNF4Values)};
   return scales[weight.matrix.type == QuantType::kNF4 ? 1 : 0];
-}
-
-// The weight that `workspace` (LinearPlan::workspace) is for.
-DenseWeight dense_weight(const QuantizedMatrix& matrix, LinearDirection direction, int64_t m, void* workspace) {
-  const DenseLayout layout(direction, m, matrix.n, matrix.k, current_device().sm_count);
-  DenseWeight dense{};
-  dense.values = workspace;
-  dense.counters = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + layout.value_bytes);
-  dense.forward = direction == LinearDirection::kForward;
-  dense.slabs = static_cast<int>(layout.slabs);
-  dense.chunks = static_cast<int>(layout.chunks);
-  dense.turn_slabs = static_cast<int>(layout.turn_slabs);
-  dense.begun_chunks = std::min(dense.chunks, 3);
-  return dense;
 }
 
 template <typename T, LinearDirection kDirection, int kTokens, bool kDense>
@@ -1241,7 +1204,6 @@ void launch(const LinearArguments& arguments, const LinearPlan& plan, cudaStream
   p.input = make_tensor_map(arguments.input, kElement, arguments.m, reduction, reduction * 2,
                             p.share ? kTokens / 2 : kTokens, kStep, CU_TENSOR_MAP_SWIZZLE_128B);
   if (kDense) {
-    p.dense = dense_weight(matrix, kDirection, arguments.m, arguments.workspace);
     p.packed = make_tensor_map(arguments.workspace, kElement, matrix.n, matrix.k, matrix.k * 2,
                                kForward ? kTileW : kStep, kStep, CU_TENSOR_MAP_SWIZZLE_128B);
   } else {
@@ -1327,20 +1289,6 @@ void launch_tokens(const LinearArguments& arguments, const LinearPlan& plan, cud
 }
 
 }  // namespace
-
-void linear_dense_prelude(const QuantizedMatrix& matrix, DType dtype, LinearDirection direction, int64_t m,
-                          void* workspace, cudaStream_t stream) {
-  const Weight weight = make_weight(matrix);
-  const DenseWeight dense = dense_weight(matrix, direction, m, workspace);
-  const int64_t warps = int64_t{dense.turn_slabs} * dense.begun_chunks * kDensePieces;
-  with_half_type(dtype, [&](auto element) {
-    using T = decltype(element);
-    launch_kernel(
-        "dense_prelude", "of a [" + std::to_string(matrix.n) + ", " + std::to_string(matrix.k) + "] weight",
-        {grid_size(ceil_div(warps * 32, kPreludeThreads), "dense_prelude"), kPreludeThreads, 0, stream, 1, true},
-        dense_prelude_kernel<T>, weight, table_scale<T>(weight), dense);
-  });
-}
 
 void linear_wgmma(const LinearArguments& arguments, LinearDirection direction, const LinearPlan& plan,
                   cudaStream_t stream) {
