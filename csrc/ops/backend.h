@@ -119,13 +119,13 @@ class Cuda {
   }
   void linear_4bit(const QuantizedMatrix& weight, const Activation& x, const void* bias, const cuda::LowRank& lora,
                    Tensor& y) const {
-    const Workspace scratch(y, cuda::linear_4bit_workspace(weight, x.dtype, x.rows, lora));
+    const Workspace scratch(y, cuda::linear_4bit_workspace(weight, x.dtype, x.rows, x.data(), lora));
     const bool prepared = cuda::linear_4bit_prepare(weight, x.dtype, x.rows, x.data(), lora, scratch.data, stream_);
     cuda::linear_4bit(weight, x.dtype, x.rows, x.data(), bias, lora, y.data_ptr(), scratch.data, prepared, stream_);
   }
   void linear_4bit_dx(const QuantizedMatrix& weight, const Activation& dy, const cuda::LowRank& lora,
                       const Dropout& dropout, Tensor& dx) const {
-    const Workspace scratch(dx, cuda::linear_4bit_dx_workspace(weight, dy.dtype, dy.rows, lora));
+    const Workspace scratch(dx, cuda::linear_4bit_dx_workspace(weight, dy.dtype, dy.rows, dy.data(), lora));
     const bool prepared =
         cuda::linear_4bit_dx_prepare(weight, dy.dtype, dy.rows, dy.data(), lora, scratch.data, stream_);
     cuda::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), lora, dropout, dx.data_ptr(), scratch.data, prepared,
@@ -139,7 +139,7 @@ class Cuda {
     const auto word = [&] {
       return dropout.active() ? nullptr : cuda::take_word(true, weight, x.dtype, x.rows, rank, stream_);
     };
-    const Workspace scratch(y, cuda::linear_4bit_workspace(weight, x.dtype, x.rows, lora));
+    const Workspace scratch(y, cuda::linear_4bit_workspace(weight, x.dtype, x.rows, x.data(), lora));
     const bool prepared = cuda::linear_4bit_prepare(weight, x.dtype, x.rows, x.data(), lora, scratch.data, stream_);
     const bool a_as_float = cuda::lora_down_reads_float(x.dtype, x.rows, dropout);
     const Factor a(adapter.a, x.dtype, a_as_float, stream_, word);
@@ -159,7 +159,8 @@ class Cuda {
     const auto word = [&] {
       return beside ? cuda::take_word(false, weight, dy.dtype, dy.rows, rank, stream_) : nullptr;
     };
-    const Workspace scratch(dx, needs_dx ? cuda::linear_4bit_dx_workspace(weight, dy.dtype, dy.rows, lora) : 0);
+    const Workspace scratch(dx,
+                            needs_dx ? cuda::linear_4bit_dx_workspace(weight, dy.dtype, dy.rows, dy.data(), lora) : 0);
     const bool prepared =
         needs_dx && cuda::linear_4bit_dx_prepare(weight, dy.dtype, dy.rows, dy.data(), lora, scratch.data, stream_);
     const Factor b(adapter.b, dy.dtype, false, stream_, word);

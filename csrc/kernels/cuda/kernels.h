@@ -41,7 +41,8 @@ void dequantize_4bit(const QuantizedMatrix& weight, DType dtype, void* output, c
 // `workspace`: linear_4bit_workspace bytes, 16-byte aligned, contents arbitrary.
 // linear_4bit_prepare does the part that is to come before the launch of `left`, whose contents it does not need: where
 // the plan wants the weight dequantized, it writes that to `workspace` and returns true: linear_4bit's `prepared`.
-int64_t linear_4bit_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const LowRank& lora);
+int64_t linear_4bit_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x,
+                              const LowRank& lora);
 bool linear_4bit_prepare(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const LowRank& lora,
                          void* workspace, cudaStream_t stream);
 bool linear_4bit_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const LowRank& lora);
@@ -49,7 +50,8 @@ void linear_4bit(const QuantizedMatrix& weight, DType dtype, int64_t m, const vo
                  const LowRank& lora, void* y, void* workspace, bool prepared, cudaStream_t stream);
 
 // dx[m, k] = dy[m, n] · W + dropout(left[m, r] · factor[r, k]).
-int64_t linear_4bit_dx_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const LowRank& lora);
+int64_t linear_4bit_dx_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy,
+                                 const LowRank& lora);
 bool linear_4bit_dx_prepare(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy, const LowRank& lora,
                             void* workspace, cudaStream_t stream);
 bool linear_4bit_dx_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy,

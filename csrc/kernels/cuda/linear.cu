@@ -28,24 +28,24 @@ LinearProblem problem_of(LinearDirection direction, const QuantizedMatrix& weigh
   return problem;
 }
 
-// The caller allocates before all pointers are known, so for the larger of the two plans that alignment decides
-// between.
-int64_t workspace(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m,
-                  const LowRank& lora) {
-  if (m <= 0 || weight.numel() <= 0) return 0;
-  int64_t bytes = 0;
-  for (const bool aligned : {true, false}) {
-    const LinearProblem problem = problem_of(direction, weight, dtype, m, lora.rank, lora.left_beside, aligned);
-    bytes = std::max(bytes, plan_linear(problem).workspace(problem));
-  }
-  return bytes;
-}
-
 LinearProblem problem_of(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m,
                          const void* input, const LowRank& lora) {
   const bool aligned =
       aligned_16(input) && aligned_16(weight.packed) && aligned_16(lora.left) && aligned_16(lora.factor);
   return problem_of(direction, weight, dtype, m, lora.rank, lora.left_beside, aligned);
+}
+
+// Of an adapter whose factor is not aligned the caller may pass an aligned copy later: enough for either plan.
+int64_t workspace(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, const void* input,
+                  const LowRank& lora) {
+  if (m <= 0 || weight.numel() <= 0) return 0;
+  LinearProblem problem = problem_of(direction, weight, dtype, m, input, lora);
+  int64_t bytes = plan_linear(problem).workspace(problem);
+  if (!problem.aligned) {
+    problem.aligned = true;
+    bytes = std::max(bytes, plan_linear(problem).workspace(problem));
+  }
+  return bytes;
 }
 
 bool reads_float(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, const void* input,
@@ -100,8 +100,9 @@ LinearPlan plan_lora_linear(LinearDirection direction, const QuantizedMatrix& we
   return plan_linear(problem_of(direction, weight, dtype, m, rank, true, true));
 }
 
-int64_t linear_4bit_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const LowRank& lora) {
-  return workspace(LinearDirection::kForward, weight, dtype, m, lora);
+int64_t linear_4bit_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x,
+                              const LowRank& lora) {
+  return workspace(LinearDirection::kForward, weight, dtype, m, x, lora);
 }
 
 bool linear_4bit_prepare(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const LowRank& lora,
@@ -121,8 +122,9 @@ void linear_4bit(const QuantizedMatrix& weight, DType dtype, int64_t m, const vo
       stream);
 }
 
-int64_t linear_4bit_dx_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const LowRank& lora) {
-  return workspace(LinearDirection::kDx, weight, dtype, m, lora);
+int64_t linear_4bit_dx_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy,
+                                 const LowRank& lora) {
+  return workspace(LinearDirection::kDx, weight, dtype, m, dy, lora);
 }
 
 bool linear_4bit_dx_prepare(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy, const LowRank& lora,
