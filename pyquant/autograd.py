@@ -1,5 +1,5 @@
 """The ops' derivatives. The 4-bit weight is frozen: gradients go to the input, the bias and the adapter alone, and
-nothing of the weight's dense size is saved or made.
+nothing of the weight's dense size is saved.
 
 They are registered with the ops, for torch.compile and whoever calls the ops; `linear_4bit` and `lora_linear_4bit` are
 the same for eager code. A registered derivative costs 30 to 60 µs of the host's time a call more than a

@@ -39,9 +39,9 @@ def explain_plan(
 ) -> str:
     """Which kernel and tiles a 4-bit linear runs with on a GPU, and the cost model's estimate, in one line.
 
-    ``PYQUANT_LOG=plan`` in the environment prints the same for every product that a program makes, once each. The kernel
-    ``dense``, for thousands of rows on Hopper, multiplies by a weight that it has dequantized for the call, 2 bytes a
-    weight; ``PYQUANT_DENSE=0`` does without it and its memory.
+    ``PYQUANT_LOG=plan`` in the environment prints the same for every product that a program makes, once each. The
+    kernel ``dense``, for thousands of rows on Hopper, multiplies by a weight that it has dequantized for the call, 2
+    bytes a weight; ``PYQUANT_DENSE=0`` does without it and its memory.
 
     Args:
         m: rows of the input (tokens).
