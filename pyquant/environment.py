@@ -41,7 +41,7 @@ def explain_plan(
 
     ``PYQUANT_LOG=plan`` in the environment prints the same for every product that a program makes, once each. The
     kernel ``dense``, for thousands of rows on Hopper, multiplies by a weight that it has dequantized for the call, 2
-    bytes a weight; ``PYQUANT_DENSE=0`` does without it and its memory.
+    bytes a weight; ``PYQUANT_DENSE=0``, set before the first plan, does without it and its memory.
 
     Args:
         m: rows of the input (tokens).
@@ -52,7 +52,7 @@ def explain_plan(
         blocksize: of the weight.
         direction: ``"forward"`` or ``"dx"``, the gradient of the input.
         arch: compute capability as in 90; by default that of the current GPU, or 90 without one.
-        sm_count: multiprocessors; by default those of the current GPU, or 132 without one.
+        sm_count: multiprocessors, at least 1; by default those of the current GPU, or 132 without one.
         dropout: whether the adapter has any.
 
     Raises:

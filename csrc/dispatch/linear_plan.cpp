@@ -210,7 +210,7 @@ LinearPlan dense_plan(const LinearProblem& p, int beside) {
   plan.beside = beside;
   const int64_t tiles = ceil_div(p.m, 256) * ceil_div(p.columns(), 256) * 2;
   const double steps = static_cast<double>(ceil_div(p.reduction(), 64) + ceil_div(p.rank, 64));
-  const int64_t rounds = ceil_div(tiles + plan.blocks_beside(p.m, p.rank), p.sm_count / 2 * 2);
+  const int64_t rounds = ceil_div(tiles + plan.blocks_beside(p.m, p.rank), std::max(2, p.sm_count / 2 * 2));
   // Microseconds of a step (forward, dX) and of a tile's beginning and end, from two dozen times on an H100 under load,
   // relative to wgmma's; bytes of the weight read and written.
   const double step = p.direction == LinearDirection::kForward ? 0.66 : 0.62;

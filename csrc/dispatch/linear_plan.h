@@ -68,9 +68,10 @@ struct LinearPlan {
   int64_t workspace(const LinearProblem& problem) const;
 };
 
-// The best legal plan. PYQUANT_DENSE=0 leaves kDense out, and with it the memory that it takes. PYQUANT_KERNEL=stream,
-// few_rows, small_m, wgmma, dense, mma or simt forces a kernel wherever it is legal, for tests; wgmma:128 its tile_m as
-// well, wgmma:128:2 also the split, wgmma:128:2:64 also beside, to fit the cost model.
+// The best legal plan. PYQUANT_DENSE=0, when the process makes its first plan, leaves kDense out where it is not
+// forced, and with it the memory that it takes. PYQUANT_KERNEL=stream, few_rows, small_m, wgmma, dense, mma or simt
+// forces a kernel wherever it is legal, for tests; wgmma:128 its tile_m as well, wgmma:128:2 also the split,
+// wgmma:128:2:64 also beside, to fit the cost model.
 LinearPlan plan_linear(const LinearProblem& problem);
 
 // With PYQUANT_LOG=plan, prints each distinct choice once to stderr.

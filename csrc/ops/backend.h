@@ -141,10 +141,12 @@ class Cuda {
     };
     const Workspace scratch(y, cuda::linear_4bit_workspace(weight, x.dtype, x.rows, x.data(), lora));
     const bool prepared = cuda::linear_4bit_prepare(weight, x.dtype, x.rows, x.data(), lora, scratch.data, stream_);
-    const bool a_as_float = cuda::lora_down_reads_float(x.dtype, x.rows, dropout);
-    const Factor a(adapter.a, x.dtype, a_as_float, stream_, word);
-    const bool b_as_float = cuda::linear_4bit_reads_float(weight, x.dtype, x.rows, x.data(), lora);
-    const Factor b(adapter.b, x.dtype, b_as_float, stream_);
+    const Factor b(
+        adapter.b, x.dtype, [&] { return cuda::linear_4bit_reads_float(weight, x.dtype, x.rows, x.data(), lora); },
+        stream_);
+    // The last launch before lora_down: where it sets a word, all else has to be in place.
+    const Factor a(
+        adapter.a, x.dtype, [&] { return cuda::lora_down_reads_float(x.dtype, x.rows, dropout); }, stream_, word);
     lora.factor = b.data(), lora.float_factor = b.is_float;
     lora.begun = cuda::lora_down(weight, x.dtype, x.rows, rank, x.data(), a.data(), a.is_float, scaling, dropout,
                                  xa.data_ptr(), a.begun, stream_);
@@ -163,13 +165,15 @@ class Cuda {
                             needs_dx ? cuda::linear_4bit_dx_workspace(weight, dy.dtype, dy.rows, dy.data(), lora) : 0);
     const bool prepared =
         needs_dx && cuda::linear_4bit_dx_prepare(weight, dy.dtype, dy.rows, dy.data(), lora, scratch.data, stream_);
-    const Factor b(adapter.b, dy.dtype, false, stream_, word);
     std::optional<Factor> a;
     if (needs_dx) {
-      const bool as_float = cuda::linear_4bit_dx_reads_float(weight, dy.dtype, dy.rows, dy.data(), lora);
-      a.emplace(adapter.a, dy.dtype, as_float, stream_);
+      a.emplace(
+          adapter.a, dy.dtype,
+          [&] { return cuda::linear_4bit_dx_reads_float(weight, dy.dtype, dy.rows, dy.data(), lora); }, stream_);
       lora.factor = a->data(), lora.float_factor = a->is_float;
     }
+    // The last launch before lora_dya, likewise.
+    const Factor b(adapter.b, dy.dtype, [] { return false; }, stream_, word);
     lora.begun = cuda::lora_dya(weight, dy.dtype, dy.rows, rank, dy.data(), b.data(), scaling, beside, dya.data_ptr(),
                                 b.begun, stream_);
     if (!needs_dx) return;
@@ -198,18 +202,20 @@ class Cuda {
 
   static uint32_t* no_word() { return nullptr; }
 
-  // A factor as its kernel takes it: in float32 beside 16-bit activations where the kernel reads that, else cast. The
-  // launch that rounds it to 16 bits sets a word for the linear, LowRank::begun, if there is one to take.
+  // A factor as its kernel takes it: in float32 beside 16-bit activations where the kernel reads that (`reads_float`),
+  // else cast. The launch that rounds it to 16 bits sets a word for the linear, LowRank::begun, if there is one to
+  // take.
   struct Factor {
     bool is_float;
     Tensor values;
     uint32_t* begun = nullptr;
-    template <typename TakeWord = uint32_t* (*)()>
-    Factor(const Tensor& factor, DType dtype, bool as_float, cudaStream_t stream, const TakeWord& take_word = no_word)
+    template <typename ReadsFloat, typename TakeWord = uint32_t* (*)()>
+    Factor(const Tensor& factor, DType dtype, const ReadsFloat& reads_float, cudaStream_t stream,
+           const TakeWord& take_word = no_word)
         : is_float(dtype != DType::kFloat32 && factor.scalar_type() == ScalarType::Float), values(factor) {
       if (!is_float) {
         values = in_dtype(factor, dtype);
-      } else if (!as_float) {
+      } else if (!reads_float()) {
         is_float = false;
         values = torch::stable::new_empty(factor, {factor.size(0), factor.size(1)}, scalar_type_of(dtype));
         begun = take_word();

@@ -20,8 +20,8 @@ __device__ inline void wait_for_previous_kernel() {
 }
 
 // Lets the stream's next kernel start, if it is launched early, once every block has called this or ended. Only after
-// wait_for_previous_kernel: the next kernel then knows that all kernels but this one are complete. lora_wgmma.cu's
-// Parameters::begun is the exception.
+// wait_for_previous_kernel: the next kernel then knows that all kernels but this one are complete. The launches
+// that set LowRank::begun are the exception.
 __device__ inline void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

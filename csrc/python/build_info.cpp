@@ -49,6 +49,7 @@ std::string explain_plan(int64_t m, int64_t n, int64_t k, const std::string& dty
     throw std::invalid_argument("dtype must be float32, float16 or bfloat16, got '" + dtype + "'");
   }
   if (m < 0 || n < 1 || k < 1 || rank < 0) throw std::invalid_argument("m and rank must be >= 0, n and k >= 1");
+  if (sm_count < 1) throw std::invalid_argument("sm_count must be >= 1, got " + std::to_string(sm_count));
   problem.m = m;
   problem.n = n;
   problem.k = k;

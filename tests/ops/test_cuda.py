@@ -326,6 +326,9 @@ def test_every_kernel_meets_the_bound(monkeypatch, kernel, dtype, n, k, blocksiz
         check_lora(x, dy, bias, weight, exact, *adapter(n, k, 16, dtype), p=0.1, seed=rows, device="cuda")
         y = ops.linear_4bit(x.cuda(), *weight, bias.cuda())
         assert torch.equal(y, ops.linear_4bit(x.cuda(), *weight, bias.cuda()))
+        dx = ops.linear_4bit_dx(dy.cuda(), *weight)  # also by kernels that leave an adapter's dropout to others
+        check_on_gpu(dy.cuda(), exact.cuda(), dx, "dx")
+        assert torch.equal(dx, ops.linear_4bit_dx(dy.cuda(), *weight))
 
 
 # Blocks of a cluster, by which a warp's tiles are in one part along k or two.
@@ -513,24 +516,29 @@ def test_a_linear_waits_for_the_product_that_runs_beside_it(monkeypatch, rank, d
             check_adapted(x, y, exact, lora_A, lora_B, direction == "forward")
 
 
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("plan", ["wgmma:256:1:256", "dense:256:1:256", "dense:256:1:0"])
 @pytest.mark.parametrize("direction", ["forward", "dx"])
-def test_a_linear_beside_its_product_waits_for_the_kernels_before(monkeypatch, direction):
+def test_a_linear_beside_its_product_waits_for_the_kernels_before(monkeypatch, direction, plan, adapter_dtype):
     """Each of some layers writes over NaN what the next one reads, and lets the kernels behind it start early."""
     rows, size, rank = 1024, 1024, 16
-    force(monkeypatch, "wgmma:256:1:256", rows, size, size, rank, direction)
+    force(monkeypatch, plan, rows, size, size, rank, direction)
     weight, exact = quantized(size, size, device="cuda")
     exact = exact.cuda()
-    lora_A, lora_B = adapter(size, size, rank, torch.bfloat16, "cuda")
+    factors = adapter(size, size, rank, adapter_dtype, "cuda")
+    lora_A, lora_B = (factor.bfloat16() for factor in factors)  # as they are rounded
     x, other = (torch.randn(rows, size, device="cuda").bfloat16() for _ in range(2))
     no_xa = torch.randn(rows, rank, device="cuda").bfloat16()
 
     def layers():
         chain = [x]
         for _ in range(6):
+            # Where a workspace will be.
+            torch.full((size, size), float("nan"), device="cuda", dtype=torch.bfloat16)
             if direction == "forward":
-                y = ops.lora_linear_4bit(chain[-1], *weight, None, lora_A, lora_B, 0.5, 0.0, None)[0]
+                y = ops.lora_linear_4bit(chain[-1], *weight, None, *factors, 0.5, 0.0, None)[0]
             else:
-                backward = (chain[-1], other, no_xa, *weight, lora_A, lora_B, 0.5, 0.0, None, True)
+                backward = (chain[-1], other, no_xa, *weight, *factors, 0.5, 0.0, None, True)
                 y = ops.lora_linear_4bit_backward(*backward)[0]
             chain.append(y)
         return chain
@@ -653,6 +661,39 @@ def test_no_dequantized_weight_is_kept_and_fused_plans_make_none(monkeypatch, ro
     adapters = rows * rank * 2 + 10 * sum(f.nbytes for f in factors)  # products, gradients and their partial sums
     assert kept <= 0.01 * size + adapters < 0.5 * size
     assert (dense_weights - 0.1) * size <= peak <= (dense_weights + 0.01) * size + adapters
+
+
+@pytest.mark.parametrize("which", ["neither", "first", "second"])
+@pytest.mark.parametrize("direction", ["forward", "dx"])
+def test_the_launch_that_speaks_for_all_before_is_the_last_one(monkeypatch, direction, which):
+    """The kernel that rounds the product's factor tells the linear that all else is in place: the other factor, which
+    is rounded too where it is not aligned, comes before it."""
+    rows, size, rank = 1024, 1024, 16
+    monkeypatch.setenv("PYQUANT_KERNEL", "wgmma:256:1:256")
+    weight, exact = quantized(size, size, device="cuda")
+    lora_A, lora_B = adapter(size, size, rank, torch.float32, "cuda")
+    lora_A, lora_B = misaligned(lora_A, which == "first"), misaligned(lora_B, which == "second")
+    x, other = (torch.randn(rows, size, device="cuda").bfloat16() for _ in range(2))
+    xa = torch.randn(rows, rank, device="cuda").bfloat16()
+
+    def run():
+        if direction == "forward":
+            return ops.lora_linear_4bit(x, *weight, None, lora_A, lora_B, 0.5, 0.0, None)[0]
+        return ops.lora_linear_4bit_backward(x, other, xa, *weight, lora_A, lora_B, 0.5, 0.0, None, True)[0]
+
+    y = run()
+    check_adapted(x, y, exact.cuda(), lora_A.bfloat16(), lora_B.bfloat16(), direction == "forward")
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        assert torch.equal(run(), y)
+        torch.cuda.synchronize()
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    names = [event.name for event in sorted(events, key=lambda event: event.time_range.start)]
+    kernels = names[: next(i for i, name in enumerate(names) if "linear_wgmma" in name) + 1]
+    of_linear = "second" if direction == "forward" else "first"
+    expected = ["round_factor"] * (2 if which == of_linear else 1) + ["lora_wgmma", "linear_wgmma"]
+    assert len(kernels) == len(expected), kernels
+    assert all(part in name for part, name in zip(expected, kernels, strict=True)), kernels
 
 
 def misaligned(factor, elements):

@@ -35,13 +35,14 @@ LinearProblem problem_of(LinearDirection direction, const QuantizedMatrix& weigh
   return problem_of(direction, weight, dtype, m, lora.rank, lora.left_beside, aligned);
 }
 
-// Of an adapter whose factor is not aligned the caller may pass an aligned copy later: enough for either plan.
+// Where nothing but the adapter's factor is not aligned, the caller may pass an aligned copy later: enough for either
+// plan.
 int64_t workspace(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, const void* input,
                   const LowRank& lora) {
   if (m <= 0 || weight.numel() <= 0) return 0;
   LinearProblem problem = problem_of(direction, weight, dtype, m, input, lora);
   int64_t bytes = plan_linear(problem).workspace(problem);
-  if (!problem.aligned) {
+  if (!problem.aligned && lora.rank > 0 && aligned_16(input) && aligned_16(weight.packed) && aligned_16(lora.left)) {
     problem.aligned = true;
     bytes = std::max(bytes, plan_linear(problem).workspace(problem));
   }
@@ -57,7 +58,7 @@ bool reads_float(LinearDirection direction, const QuantizedMatrix& weight, DType
 
 bool prepare(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, const void* input,
              const LowRank& lora, void* workspace, cudaStream_t stream) {
-  if (m <= 0 || weight.numel() <= 0) return false;
+  if (workspace == nullptr) return false;  // no plan of kDense is without
   const LinearPlan plan = plan_linear(problem_of(direction, weight, dtype, m, input, lora));
   if (plan.kernel != LinearKernel::kDense) return false;
   dequantize_4bit(weight, dtype, workspace, stream);
