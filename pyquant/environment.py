@@ -11,6 +11,17 @@ from pyquant import _C
 __all__ = ["describe", "explain_plan", "show_config"]
 
 
+_PACKAGES = {
+    "transformers": "pip install transformers for its models",
+    "peft": "pip install peft for adapters",
+    "accelerate": "pip install 'pyquant[train]' for pyquant train",
+    "datasets": "pip install 'pyquant[train]' for pyquant train",
+    "trl": "pip install 'pyquant[train]' for pyquant train",
+    "bitsandbytes": "pip install bitsandbytes for comparisons and its optimizers alone",
+    "deepspeed": "pip install deepspeed for ZeRO-2 alone",
+}
+
+
 def show_config() -> None:
     """Prints the versions, the instruction set of the CPU kernels, the CUDA build, and each GPU with what runs on it.
 
@@ -74,16 +85,17 @@ def _lines():
     yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "CPU", _cpu_name()
     yield "torch", torch.__version__
-    for package in ("transformers", "peft", "trl", "bitsandbytes"):
+    for package, purpose in _PACKAGES.items():
         try:
             yield package, importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            continue
+            yield package, f"not installed: {purpose}"
     yield "CPU kernels", f"{_C.cpu_isa()}, {torch.get_num_threads()} threads"
     if not _C.cuda_version():
         yield (
             "CUDA kernels",
-            "not built: no nvcc was found. Install pyquant again with nvcc on PATH or CUDA_HOME set",
+            "not built: no nvcc was found, or PYQUANT_CUDA=OFF. Install pyquant again with nvcc on PATH or CUDA_HOME "
+            "set, or after: pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl",
         )
         return
     yield "CUDA kernels", f"built with CUDA {_C.cuda_version()} for {_C.cuda_archs()}"

@@ -45,6 +45,21 @@ def test_versions_and_the_cpu_are_printed(capsys):
     assert "CUDA kernels" in lines
 
 
+@pytest.mark.parametrize(
+    "package", ["transformers", "peft", "accelerate", "datasets", "trl", "bitsandbytes", "deepspeed"]
+)
+def test_a_missing_library_is_named_with_its_purpose(capsys, monkeypatch, package):
+    version = environment.importlib.metadata.version
+
+    def version_without(name):
+        if name == package:
+            raise environment.importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(environment.importlib.metadata, "version", version_without)
+    assert printed(capsys)[package].startswith("not installed: pip install ")
+
+
 def test_the_forced_instruction_set_is_the_one_printed(capsys, each_isa):
     for name in each_isa():
         assert printed(capsys)["CPU kernels"].startswith(f"{name}, ")
@@ -54,7 +69,8 @@ def test_a_build_without_cuda_says_how_to_get_it(capsys, monkeypatch):
     built_with_cuda(monkeypatch)
     monkeypatch.setattr(environment._C, "cuda_version", lambda: "")
     lines = printed(capsys)
-    assert lines["CUDA kernels"].startswith("not built: no nvcc was found. Install pyquant again with nvcc on PATH")
+    assert lines["CUDA kernels"].startswith("not built: no nvcc was found, or PYQUANT_CUDA=OFF. Install pyquant again")
+    assert lines["CUDA kernels"].endswith("pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl")
     assert not any(label.startswith("GPU") for label in lines)
 
 
