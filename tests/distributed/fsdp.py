@@ -1,4 +1,5 @@
-"""Runs a pyquant command under FSDP2, and checks that it shards the 4-bit weights and gathers the output layer.
+"""Runs a pyquant command under FSDP2, checks that it shards the 4-bit weights and gathers the output layer, and prints
+which files of tensors each process writes.
 
 Without a GPU the processes talk over gloo: accelerate shards on accelerators alone, and is told that the CPU is one.
 All else is the user's path: accelerate's launcher and sharding, Trainer, and the engine's configuration.
@@ -7,6 +8,7 @@ All else is the user's path: accelerate's launcher and sharding, Trainer, and th
 import sys
 
 import accelerate.state
+import safetensors.torch
 import torch
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -17,9 +19,19 @@ if not torch.cuda.is_available():
     accelerate.state.PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     CPUOffloadPolicy.__init__.__defaults__ = (False,)  # there is no pinned memory without an accelerator
 
-from pyquant.cli import main
-from pyquant.nn import Linear4bit
-from pyquant.training import trainer
+save_file = safetensors.torch.save_file
+
+
+def save_and_print(tensors, filename, *args, **kwargs):
+    print(f"writes {filename}", flush=True)
+    return save_file(tensors, filename, *args, **kwargs)
+
+
+safetensors.torch.save_file = save_and_print  # before PEFT takes it by name
+
+from pyquant.cli import main  # noqa: E402
+from pyquant.nn import Linear4bit  # noqa: E402
+from pyquant.training import trainer  # noqa: E402
 
 train = trainer.CompletionTrainer.train
 

@@ -134,6 +134,13 @@ def test_ddp(runs, one_process):
     runs.assert_same(runs.train_again("ddp", *engine), one_process)
 
 
+def test_torchrun(runs, one_process):
+    """torch's own launcher, which knows no engine but DDP."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pyquant.cli"]
+    runs.train("torchrun", "training.batch_size=4", command=command)
+    runs.assert_same(runs.results("torchrun"), one_process)
+
+
 @pytest.fixture(scope="module")
 def fsdp2(runs):
     """What the run printed."""
@@ -142,8 +149,27 @@ def fsdp2(runs):
 
 def test_fsdp2(runs, fsdp2, one_process):
     assert fsdp2.count(f"14 sharded 4-bit weights of torch.float32 on {runs.device}") == 2
+    assert fsdp2.count(f"writes {runs.folder / 'fsdp2' / 'adapter' / 'adapter_model.safetensors'}") == 1
     runs.assert_same(runs.results("fsdp2"), one_process)
     runs.assert_same(runs.train_again("fsdp2", "training.batch_size=4", command=FSDP2), one_process)
+
+
+def test_fsdp2_with_cpu_offload(runs, one_process):
+    output = runs.train("offload-fp32", "training.batch_size=4", command=OFFLOAD)
+    assert output.count("14 sharded 4-bit weights of torch.float32 on cpu") == 2
+    runs.assert_same(runs.results("offload-fp32"), one_process)
+    runs.assert_same(runs.train_again("offload-fp32", "training.batch_size=4", command=OFFLOAD), one_process)
+
+
+@pytest.mark.gpu
+@TWO_GPUS
+@pytest.mark.parametrize("file", ["fsdp2.yaml", "fsdp2-offload.yaml"])
+def test_fsdp2_by_the_configuration_alone(folder, file):
+    """As a user starts it, without what the other tests watch."""
+    runs = Runs("cuda", folder)
+    runs.train(f"alone-{file}", "training.batch_size=4", "--config", str(CONFIGS / file))
+    losses, _ = runs.results(f"alone-{file}")
+    assert losses[5] < 0.7 * losses[0]
 
 
 def test_fsdp2_with_cpu_offload_in_bfloat16(runs):
