@@ -10,7 +10,14 @@ import pytest
 import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+)
 from transformers import TrainingArguments as Arguments
 
 import pyquant
@@ -293,7 +300,7 @@ def test_experts_are_named_with_their_size(tmp_path, capsys, token_ids):
     ],
 )
 def test_bitsandbytes_fields_are_accepted(theirs, ours):
-    expected = PyQuantConfig(**ours).to_dict()
+    expected = PyQuantConfig(skip_syntax="bitsandbytes", **ours).to_dict()
     config = BitsAndBytesConfig(load_in_4bit=True, **theirs)
     assert PyQuantConfig.from_bitsandbytes(config).to_dict() == expected
     assert PyQuantConfig.from_bitsandbytes(json.loads(json.dumps(config.to_dict()))).to_dict() == expected
@@ -308,6 +315,92 @@ def test_a_bitsandbytes_config_quantizes_to_bitsandbytes_bytes(folder):
     assert_same_weights(load(folder, pyquant.BitsAndBytesConfig(**options)), theirs)
 
 
+def quantized_by_bitsandbytes(folder, cls=AutoModelForCausalLM, **options):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, **options)
+    model = cls.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    found = {name: m for name, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    # One whose weight is tied to a dense one is a Linear4bit by class, but was never quantized.
+    return {name for name, layer in found.items() if getattr(layer.weight, "quant_state", None) is not None}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        None,
+        [],
+        ["lm_head"],
+        ["proj"],
+        ["mlp"],
+        ["v_proj"],
+        ["lm_head", "layers.1"],
+        ["model.layers.1"],
+        ["model.layers.0.mlp.gate"],
+        [r"model.layers.\d+.mlp"],
+        [".*attn", "down_proj"],
+        ["lm_head", "no_such_layer"],
+    ],
+    ids=str,
+)
+def test_llm_int8_skip_modules_means_what_it_means_to_bitsandbytes(tiny_mistral, tmp_path, patterns, tied):
+    if tied:
+        tiny_mistral.config.tie_word_embeddings = True
+        tiny_mistral.tie_weights()
+    tiny_mistral.save_pretrained(tmp_path / "dense")
+    expected = quantized_by_bitsandbytes(tmp_path / "dense", llm_int8_skip_modules=patterns)
+    config = pyquant.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=patterns)
+    ours = load(tmp_path / "dense", config)
+    assert set(layers(ours)) == expected
+    # What the patterns mean is saved with them.
+    ours.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed")
+    assert set(layers(again)) == expected
+    stored = again.config.quantization_config
+    assert stored.to_dict() == config.to_dict()
+    assert set(layers(load(tmp_path / "dense", PyQuantConfig.from_dict(stored.to_dict())))) == expected
+
+
+class WithProj(MistralForCausalLM):
+    """Its output layer's name is the end of other layers' names."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.proj = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def get_output_embeddings(self):
+        return self.proj
+
+
+def test_by_default_bitsandbytes_output_layer_is_named_by_its_end_too(tiny_mistral, tmp_path):
+    WithProj(tiny_mistral.config).save_pretrained(tmp_path / "dense")
+
+    def quantized(config):
+        return set(layers(WithProj.from_pretrained(tmp_path / "dense", quantization_config=config)))
+
+    theirs = quantized_by_bitsandbytes(tmp_path / "dense", WithProj)
+    assert quantized(pyquant.BitsAndBytesConfig(load_in_4bit=True)) == theirs == {"lm_head"}
+    assert len(quantized(PyQuantConfig())) == 15
+
+
+def test_a_skip_beside_a_bitsandbytes_config_holds_globs(folder):
+    theirs = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["v_proj"])
+    config = PyQuantConfig.from_bitsandbytes(theirs, skip=["lm_head", "mlp"], verbose=False)
+    assert set(layers(load(folder, config))) == set(layers(replaced(folder, skip=["lm_head", "mlp"])))
+
+
+def test_patterns_that_match_no_layer_are_named(folder, capsys):
+    options = {"load_in_4bit": True, "llm_int8_skip_modules": ["lm_head", "mlp", "layers.7"]}
+    load(folder, pyquant.BitsAndBytesConfig(**options)).save_pretrained(folder / "packed")
+    assert "\n  no linear layer matches, of skip: 'mlp', 'layers.7'\n" in capsys.readouterr().out
+    load(folder, PyQuantConfig(skip=options["llm_int8_skip_modules"]))
+    assert "\n  no linear layer matches, of skip: 'layers.7'\n" in capsys.readouterr().out
+    load(folder, PyQuantConfig(skip=["lm_head"]))
+    assert "no linear layer matches" not in capsys.readouterr().out
+    load(folder / "packed")
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -317,6 +410,12 @@ def test_a_bitsandbytes_config_quantizes_to_bitsandbytes_bytes(folder):
         ({"compute_dtype": torch.int8}, ValueError, "compute_dtype must be torch.float32, float16 or bfloat16"),
         ({"quant_storage": torch.int64}, ValueError, "quant_storage must be one of uint8, int8"),
         ({"skip": [3]}, ValueError, r"skip must be name patterns \(strings\)"),
+        ({"skip_syntax": "regex"}, ValueError, "skip_syntax must be 'glob' or 'bitsandbytes', got 'regex'"),
+        (
+            {"skip": ["*.mlp"], "skip_syntax": "bitsandbytes"},
+            ValueError,
+            r"a pattern for bitsandbytes is a regular expression, '\*\.mlp' is not: nothing to repeat",
+        ),
         ({"quant_method": "gptq"}, ValueError, "quant_method 'pyquant', got 'gptq'"),
         ({"bits": 4}, TypeError, "unexpected keyword argument 'bits'"),
     ],
