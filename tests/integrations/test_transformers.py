@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import subprocess
 import sys
 import weakref
@@ -9,13 +10,12 @@ import weakref
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     Trainer,
 )
 from transformers import TrainingArguments as Arguments
@@ -257,28 +257,52 @@ def test_the_report_names_every_matrix_and_why(folder, capsys):
     assert not capsys.readouterr().out
 
 
-def test_experts_are_named_with_their_size(tmp_path, capsys, token_ids):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 4, "num_hidden_layers": 2}
-    dense = MixtralForCausalLM(
-        MixtralConfig(vocab_size=96, num_attention_heads=4, num_key_value_heads=2, **sizes)
-    ).bfloat16()
+MIXTURES = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen2Moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+    "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
+    "DeepseekV3": {
+        "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 0,
+        "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+    },
+    "Glm4Moe": {"n_routed_experts": 4, "moe_intermediate_size": 32, "first_k_dense_replace": 0, "head_dim": 16},
+    "GptOss": {"num_local_experts": 4, "head_dim": 16},
+    "Olmoe": {"num_experts": 4},
+    "Phimoe": {"num_local_experts": 4},
+    "GraniteMoe": {"num_local_experts": 4},
+    "Llama4": {"num_local_experts": 4, "head_dim": 16, "intermediate_size_mlp": 96},
+    "JetMoe": {"num_local_experts": 4, "kv_channels": 16},
+    "MiniMax": {"num_local_experts": 4, "head_dim": 16},
+    "Ernie4_5_Moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 0},
+    "HunYuanMoEV1": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_are_named_with_their_size(tmp_path, capsys, token_ids, family):
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, **MIXTURES[family]}
+    config = getattr(transformers, f"{family}TextConfig" if family == "Llama4" else f"{family}Config")(**sizes)
+    dense = getattr(transformers, f"{family}ForCausalLM")(config).bfloat16()
     dense.save_pretrained(tmp_path / "moe")
-    model, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "moe", quantization_config=PyQuantConfig(), output_loading_info=True
-    )
+    model, info = load(tmp_path / "moe", PyQuantConfig(), output_loading_info=True)
     assert_strict(info)
     text = capsys.readouterr().out
-    line = "left dense: model.layers.*.mlp.experts.gate_up_proj (2 × MixtralExperts 4×192×64, 0.2 MiB): expert matrices"
-    assert line in text
+    expected = {name: p for name, p in dense.named_parameters() if p.dim() == 3}  # one dimension counts the experts
+    assert len(expected) == (8 if family == "JetMoe" else 4)  # JetMoe's attention has some as well
     experts = model.quantization_report.experts
-    assert [entry.name for entry in experts] == [
-        f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")
-    ]
-    assert [entry.nbytes for entry in experts] == 2 * [2 * 4 * 192 * 64, 2 * 4 * 64 * 96]
-    assert len(layers(model)) == 8
+    assert {entry.name: entry.nbytes for entry in experts} == {name: 2 * p.numel() for name, p in expected.items()}
+    for name, parameter in expected.items():
+        module = type(dense.get_submodule(name.rpartition(".")[0])).__name__
+        kind = f"2 × {module} {'×'.join(map(str, parameter.shape))}"
+        folded, mib = re.sub(r"\.[01]\.", ".*.", name), 2 * parameter.nbytes / 2**20
+        assert f"left dense: {folded} ({kind}, {mib:.1f} MiB): expert matrices" in text
+    linears = {name for name, m in dense.named_modules() if type(m) is torch.nn.Linear}
+    assert set(layers(model)) == linears - {"lm_head"}
     # Their conversion between one matrix per expert and all in one still works, both ways.
     model.save_pretrained(tmp_path / "packed")
-    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", output_loading_info=True)
+    again, info = load(tmp_path / "packed", output_loading_info=True)
     assert_strict(info)
     assert torch.equal(again(token_ids).logits, model(token_ids).logits)
 
