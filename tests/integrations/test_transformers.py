@@ -88,6 +88,15 @@ def test_loading_quantizes_as_replace_linear_does(folder, token_ids, options, dt
     assert all(layer.quant_state is layer.weight.quant_state for layer in layers(model).values())
 
 
+def test_the_old_name_torch_dtype_is_the_dtype(folder, token_ids):
+    config = PyQuantConfig(verbose=False)
+    model, expected = load(folder, config, torch_dtype=torch.float16), load(folder, config, dtype=torch.float16)
+    assert model.dtype == expected.dtype == torch.float16
+    assert {layer.compute_dtype for layer in layers(model).values()} == {torch.float16}
+    assert_same_weights(model, expected)
+    assert torch.equal(model(token_ids).logits, expected(token_ids).logits)
+
+
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"])
 def test_device_maps(folder, token_ids, device_map):
     model = load(folder, PyQuantConfig(verbose=False), device_map=device_map)
