@@ -1,7 +1,7 @@
 """Turning a model's dense linear layers into 4-bit ones and back, in place."""
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -9,7 +9,15 @@ from pyquant.functional import BLOCKSIZES, FLOAT_DTYPES, QUANT_TYPES, QuantState
 from pyquant.nn import Linear4bit, Params4bit
 from pyquant.report import survey
 
-__all__ = ["check_options", "dequantize_linear", "name_patterns", "refuse_adapters", "replace_linear", "why_dense"]
+__all__ = [
+    "check_options",
+    "dequantize_linear",
+    "matches_glob",
+    "name_patterns",
+    "refuse_adapters",
+    "replace_linear",
+    "why_dense",
+]
 
 
 def replace_linear(
@@ -159,20 +167,33 @@ def name_patterns(name: str, patterns: Sequence[str] | None) -> tuple[str, ...] 
     return tuple(patterns)
 
 
-def why_dense(names: Sequence[str], skip: Sequence[str], targets: Sequence[str] | None) -> str | None:
-    """Why the linear layer that stands under `names` is left dense, or None if it is to be quantized."""
-    for pattern in skip:
-        if any(_matches(name, pattern) for name in names):
-            return f"skip names it ({pattern!r})"
-    if targets is None or any(_matches(name, pattern) for name in names for pattern in targets):
-        return None
-    return "targets does not name it"
-
-
-def _matches(name: str, pattern: str) -> bool:
+def matches_glob(name: str, pattern: str) -> bool:
+    """Whether a glob stands for the module's whole name or its end, or for a module that holds it."""
     parts = name.split(".")
     modules = (".".join(parts[: i + 1]) for i in range(len(parts)))  # the module itself and those that hold it
     return any(fnmatch.fnmatchcase(m, pattern) or fnmatch.fnmatchcase(m, f"*.{pattern}") for m in modules)
+
+
+def why_dense(
+    names: Sequence[str],
+    skip: Sequence[str],
+    targets: Sequence[str] | None,
+    skips: Callable[[str, str], bool] = matches_glob,
+) -> str | None:
+    """Why the linear layer that stands under `names` is left dense, or None if it is to be quantized.
+
+    Args:
+        names: of the layer.
+        skip: name patterns, in the syntax that `skips` reads.
+        targets: globs, or None for all layers.
+        skips: whether a name matches a pattern of `skip`.
+    """
+    for pattern in skip:
+        if any(skips(name, pattern) for name in names):
+            return f"skip names it ({pattern!r})"
+    if targets is None or any(matches_glob(name, pattern) for name in names for pattern in targets):
+        return None
+    return "targets does not name it"
 
 
 def _is_bitsandbytes(module: torch.nn.Module) -> bool:

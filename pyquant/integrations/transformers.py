@@ -17,12 +17,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pyquant.errors import CheckpointError
 from pyquant.nn import Linear4bit, Params4bit
-from pyquant.replace import check_options, dequantize_linear, name_patterns, why_dense
+from pyquant.replace import check_options, dequantize_linear, matches_glob, name_patterns, why_dense
 from pyquant.report import survey
 
 __all__ = ["PyQuantConfig", "PyQuantQuantizer", "bits_and_bytes_config", "register"]
 
 METHOD = "pyquant"
+SKIP_SYNTAXES = ("glob", "bitsandbytes")
 _STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What a weight is in a checkpoint; see pyquant.functional.QuantState.as_dict.
 _ENTRIES = [
@@ -51,7 +52,11 @@ class PyQuantConfig(QuantizationConfigMixin):
             whatever shares its weight.
         targets: name patterns of the layers to quantize; by default all.
         quant_storage: dtype that the packed bytes are viewed as, or its name. FSDP wants the other parameters' dtype.
-        verbose: print what was quantized, and which matrices were left dense and why.
+        verbose: print what was quantized, which matrices were left dense and why, and the patterns of `skip` that
+            match no linear layer.
+        skip_syntax: how `skip` is read. ``"glob"``, or ``"bitsandbytes"`` for the meaning that transformers gives
+            ``llm_int8_skip_modules``: a pattern matches a layer's whole name from its start, as a regular expression,
+            or is the end of the name. ``"proj"`` then matches ``q_proj``, and ``"mlp"`` no layer within an ``mlp``.
 
     Raises:
         ValueError: an argument has an unsupported value.
@@ -69,6 +74,7 @@ class PyQuantConfig(QuantizationConfigMixin):
         quant_storage: torch.dtype | str = torch.uint8,
         verbose: bool = True,
         quant_method: str = METHOD,
+        skip_syntax: str = "glob",
     ):
         if quant_method != METHOD:
             raise ValueError(f"a PyQuantConfig has quant_method {METHOD!r}, got {quant_method!r}")
@@ -81,6 +87,12 @@ class PyQuantConfig(QuantizationConfigMixin):
         self.targets = None if targets is None else list(name_patterns("targets", targets))
         self.quant_storage = _dtype("quant_storage", quant_storage)
         self.verbose = verbose
+        self.skip_syntax = skip_syntax
+        if skip_syntax not in SKIP_SYNTAXES:
+            raise ValueError(f"skip_syntax must be 'glob' or 'bitsandbytes', got {skip_syntax!r}")
+        if skip_syntax == "bitsandbytes":
+            for pattern in self.skip or ():
+                _check_regular_expression(pattern)
         check_options(quant_type, blocksize, self.compute_dtype)
         if self.quant_storage not in _STORAGE:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _STORAGE)
@@ -91,14 +103,16 @@ class PyQuantConfig(QuantizationConfigMixin):
         """What a ``transformers.BitsAndBytesConfig`` says, or the dictionary that a checkpoint's config.json holds.
 
         The compute dtype float32 becomes None, the dtype of the inputs: it is what a BitsAndBytesConfig has when
-        nothing was chosen, and would make a 16-bit model compute in 32 bits without a word.
+        nothing was chosen, and would make a 16-bit model compute in 32 bits without a word. The patterns of
+        ``llm_int8_skip_modules`` keep their meaning, by ``skip_syntax="bitsandbytes"``.
 
         Args:
             config: the configuration.
-            options: arguments of this class to set besides.
+            options: arguments of this class to set besides. `skip` takes the place of ``llm_int8_skip_modules``; its
+                patterns are globs.
 
         Raises:
-            ValueError: the configuration is not for 4 bits.
+            ValueError: the configuration is not for 4 bits, or has a pattern that is no regular expression.
         """
         get = config.get if isinstance(config, dict) else lambda name, default=None: getattr(config, name, default)
         if not get("load_in_4bit", False):
@@ -108,12 +122,13 @@ class PyQuantConfig(QuantizationConfigMixin):
             )
         compute = get("bnb_4bit_compute_dtype")
         compute = None if compute is None else _dtype("bnb_4bit_compute_dtype", compute)
+        if "skip" not in options:
+            options = {"skip": get("llm_int8_skip_modules"), "skip_syntax": "bitsandbytes", **options}
         return cls(
             **{
                 "quant_type": get("bnb_4bit_quant_type", "fp4"),
                 "double_quant": get("bnb_4bit_use_double_quant", False),
                 "compute_dtype": None if compute == torch.float32 else compute,
-                "skip": get("llm_int8_skip_modules"),
                 "quant_storage": get("bnb_4bit_quant_storage") or torch.uint8,
                 **options,
             }
@@ -136,6 +151,12 @@ class PyQuantConfig(QuantizationConfigMixin):
             "bnb_4bit_quant_storage": _name(self.quant_storage),
             "llm_int8_skip_modules": skip,
         }
+
+    def skips(self, name: str, pattern: str) -> bool:
+        """Whether a pattern of `skip` names the layer."""
+        if self.skip_syntax == "bitsandbytes":
+            return not should_convert_module(name, [pattern])
+        return matches_glob(name, pattern)
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of config.json."""
@@ -229,10 +250,10 @@ class PyQuantQuantizer(HfQuantizer):
         compute_dtype = config.compute_dtype or (dtype if dtype in (torch.float16, torch.bfloat16) else None)
         stored = _stored_in_4_bits(checkpoint_files) if self.pre_quantized else None
         self._reasons = {}
-        for name, module in list(model.named_modules()):
-            if type(module) is not torch.nn.Linear:
-                continue
-            reason = why_dense([name], skip, config.targets)
+        linears = {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+        self._unmatched = [p for p in config.skip or () if not any(config.skips(name, p) for name in linears)]
+        for name, module in linears.items():
+            reason = why_dense([name], skip, config.targets, config.skips)
             if reason is None and name in tied:
                 reason = "its weight is tied to another"
             if reason is None and not should_convert_module(name, keep):
@@ -270,6 +291,8 @@ class PyQuantQuantizer(HfQuantizer):
         model.quantization_report = survey(model, self._reasons)
         if self.quantization_config.verbose and not self.pre_quantized and _is_first_process():
             print(model.quantization_report.summary())
+            if self._unmatched:
+                print(f"  no linear layer matches, of skip: {', '.join(map(repr, self._unmatched))}")
         return model
 
     def _dequantize(self, model, dtype=None):
@@ -339,6 +362,13 @@ def _dtype(name: str, value: torch.dtype | str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name} must be a torch.dtype or its name, such as 'bfloat16', got {value!r}")
     return dtype
+
+
+def _check_regular_expression(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"a pattern for bitsandbytes is a regular expression, {pattern!r} is not: {error}") from error
 
 
 def _name(dtype: torch.dtype) -> str:

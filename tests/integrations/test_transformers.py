@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import subprocess
 import sys
 import weakref
@@ -9,8 +10,14 @@ import weakref
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    MistralForCausalLM,
+    Trainer,
+)
 from transformers import TrainingArguments as Arguments
 
 import pyquant
@@ -79,6 +86,15 @@ def test_loading_quantizes_as_replace_linear_does(folder, token_ids, options, dt
     assert model.dtype == (torch.bfloat16 if dtype == "auto" else dtype)
     assert not any(p.is_meta for p in model.parameters())
     assert all(layer.quant_state is layer.weight.quant_state for layer in layers(model).values())
+
+
+def test_the_old_name_torch_dtype_is_the_dtype(folder, token_ids):
+    config = PyQuantConfig(verbose=False)
+    model, expected = load(folder, config, torch_dtype=torch.float16), load(folder, config, dtype=torch.float16)
+    assert model.dtype == expected.dtype == torch.float16
+    assert {layer.compute_dtype for layer in layers(model).values()} == {torch.float16}
+    assert_same_weights(model, expected)
+    assert torch.equal(model(token_ids).logits, expected(token_ids).logits)
 
 
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"])
@@ -250,28 +266,52 @@ def test_the_report_names_every_matrix_and_why(folder, capsys):
     assert not capsys.readouterr().out
 
 
-def test_experts_are_named_with_their_size(tmp_path, capsys, token_ids):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 4, "num_hidden_layers": 2}
-    dense = MixtralForCausalLM(
-        MixtralConfig(vocab_size=96, num_attention_heads=4, num_key_value_heads=2, **sizes)
-    ).bfloat16()
+MIXTURES = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen2Moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+    "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
+    "DeepseekV3": {
+        "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 0,
+        "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+    },
+    "Glm4Moe": {"n_routed_experts": 4, "moe_intermediate_size": 32, "first_k_dense_replace": 0, "head_dim": 16},
+    "GptOss": {"num_local_experts": 4, "head_dim": 16},
+    "Olmoe": {"num_experts": 4},
+    "Phimoe": {"num_local_experts": 4},
+    "GraniteMoe": {"num_local_experts": 4},
+    "Llama4": {"num_local_experts": 4, "head_dim": 16, "intermediate_size_mlp": 96},
+    "JetMoe": {"num_local_experts": 4, "kv_channels": 16},
+    "MiniMax": {"num_local_experts": 4, "head_dim": 16},
+    "Ernie4_5_Moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 0},
+    "HunYuanMoEV1": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_are_named_with_their_size(tmp_path, capsys, token_ids, family):
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, **MIXTURES[family]}
+    config = getattr(transformers, f"{family}TextConfig" if family == "Llama4" else f"{family}Config")(**sizes)
+    dense = getattr(transformers, f"{family}ForCausalLM")(config).bfloat16()
     dense.save_pretrained(tmp_path / "moe")
-    model, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "moe", quantization_config=PyQuantConfig(), output_loading_info=True
-    )
+    model, info = load(tmp_path / "moe", PyQuantConfig(), output_loading_info=True)
     assert_strict(info)
     text = capsys.readouterr().out
-    line = "left dense: model.layers.*.mlp.experts.gate_up_proj (2 × MixtralExperts 4×192×64, 0.2 MiB): expert matrices"
-    assert line in text
+    expected = {name: p for name, p in dense.named_parameters() if p.dim() == 3}  # one dimension counts the experts
+    assert len(expected) == (8 if family == "JetMoe" else 4)  # JetMoe's attention has some as well
     experts = model.quantization_report.experts
-    assert [entry.name for entry in experts] == [
-        f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")
-    ]
-    assert [entry.nbytes for entry in experts] == 2 * [2 * 4 * 192 * 64, 2 * 4 * 64 * 96]
-    assert len(layers(model)) == 8
+    assert {entry.name: entry.nbytes for entry in experts} == {name: 2 * p.numel() for name, p in expected.items()}
+    for name, parameter in expected.items():
+        module = type(dense.get_submodule(name.rpartition(".")[0])).__name__
+        kind = f"2 × {module} {'×'.join(map(str, parameter.shape))}"
+        folded, mib = re.sub(r"\.[01]\.", ".*.", name), 2 * parameter.nbytes / 2**20
+        assert f"left dense: {folded} ({kind}, {mib:.1f} MiB): expert matrices" in text
+    linears = {name for name, m in dense.named_modules() if type(m) is torch.nn.Linear}
+    assert set(layers(model)) == linears - {"lm_head"}
     # Their conversion between one matrix per expert and all in one still works, both ways.
     model.save_pretrained(tmp_path / "packed")
-    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", output_loading_info=True)
+    again, info = load(tmp_path / "packed", output_loading_info=True)
     assert_strict(info)
     assert torch.equal(again(token_ids).logits, model(token_ids).logits)
 
@@ -293,7 +333,7 @@ def test_experts_are_named_with_their_size(tmp_path, capsys, token_ids):
     ],
 )
 def test_bitsandbytes_fields_are_accepted(theirs, ours):
-    expected = PyQuantConfig(**ours).to_dict()
+    expected = PyQuantConfig(skip_syntax="bitsandbytes", **ours).to_dict()
     config = BitsAndBytesConfig(load_in_4bit=True, **theirs)
     assert PyQuantConfig.from_bitsandbytes(config).to_dict() == expected
     assert PyQuantConfig.from_bitsandbytes(json.loads(json.dumps(config.to_dict()))).to_dict() == expected
@@ -308,6 +348,92 @@ def test_a_bitsandbytes_config_quantizes_to_bitsandbytes_bytes(folder):
     assert_same_weights(load(folder, pyquant.BitsAndBytesConfig(**options)), theirs)
 
 
+def quantized_by_bitsandbytes(folder, cls=AutoModelForCausalLM, **options):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, **options)
+    model = cls.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    found = {name: m for name, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    # One whose weight is tied to a dense one is a Linear4bit by class, but was never quantized.
+    return {name for name, layer in found.items() if getattr(layer.weight, "quant_state", None) is not None}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        None,
+        [],
+        ["lm_head"],
+        ["proj"],
+        ["mlp"],
+        ["v_proj"],
+        ["lm_head", "layers.1"],
+        ["model.layers.1"],
+        ["model.layers.0.mlp.gate"],
+        [r"model.layers.\d+.mlp"],
+        [".*attn", "down_proj"],
+        ["lm_head", "no_such_layer"],
+    ],
+    ids=str,
+)
+def test_llm_int8_skip_modules_means_what_it_means_to_bitsandbytes(tiny_mistral, tmp_path, patterns, tied):
+    if tied:
+        tiny_mistral.config.tie_word_embeddings = True
+        tiny_mistral.tie_weights()
+    tiny_mistral.save_pretrained(tmp_path / "dense")
+    expected = quantized_by_bitsandbytes(tmp_path / "dense", llm_int8_skip_modules=patterns)
+    config = pyquant.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=patterns)
+    ours = load(tmp_path / "dense", config)
+    assert set(layers(ours)) == expected
+    # What the patterns mean is saved with them.
+    ours.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed")
+    assert set(layers(again)) == expected
+    stored = again.config.quantization_config
+    assert stored.to_dict() == config.to_dict()
+    assert set(layers(load(tmp_path / "dense", PyQuantConfig.from_dict(stored.to_dict())))) == expected
+
+
+class WithProj(MistralForCausalLM):
+    """Its output layer's name is the end of other layers' names."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.proj = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def get_output_embeddings(self):
+        return self.proj
+
+
+def test_by_default_bitsandbytes_output_layer_is_named_by_its_end_too(tiny_mistral, tmp_path):
+    WithProj(tiny_mistral.config).save_pretrained(tmp_path / "dense")
+
+    def quantized(config):
+        return set(layers(WithProj.from_pretrained(tmp_path / "dense", quantization_config=config)))
+
+    theirs = quantized_by_bitsandbytes(tmp_path / "dense", WithProj)
+    assert quantized(pyquant.BitsAndBytesConfig(load_in_4bit=True)) == theirs == {"lm_head"}
+    assert len(quantized(PyQuantConfig())) == 15
+
+
+def test_a_skip_beside_a_bitsandbytes_config_holds_globs(folder):
+    theirs = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["v_proj"])
+    config = PyQuantConfig.from_bitsandbytes(theirs, skip=["lm_head", "mlp"], verbose=False)
+    assert set(layers(load(folder, config))) == set(layers(replaced(folder, skip=["lm_head", "mlp"])))
+
+
+def test_patterns_that_match_no_layer_are_named(folder, capsys):
+    options = {"load_in_4bit": True, "llm_int8_skip_modules": ["lm_head", "mlp", "layers.7"]}
+    load(folder, pyquant.BitsAndBytesConfig(**options)).save_pretrained(folder / "packed")
+    assert "\n  no linear layer matches, of skip: 'mlp', 'layers.7'\n" in capsys.readouterr().out
+    load(folder, PyQuantConfig(skip=options["llm_int8_skip_modules"]))
+    assert "\n  no linear layer matches, of skip: 'layers.7'\n" in capsys.readouterr().out
+    load(folder, PyQuantConfig(skip=["lm_head"]))
+    assert "no linear layer matches" not in capsys.readouterr().out
+    load(folder / "packed")
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -317,6 +443,12 @@ def test_a_bitsandbytes_config_quantizes_to_bitsandbytes_bytes(folder):
         ({"compute_dtype": torch.int8}, ValueError, "compute_dtype must be torch.float32, float16 or bfloat16"),
         ({"quant_storage": torch.int64}, ValueError, "quant_storage must be one of uint8, int8"),
         ({"skip": [3]}, ValueError, r"skip must be name patterns \(strings\)"),
+        ({"skip_syntax": "regex"}, ValueError, "skip_syntax must be 'glob' or 'bitsandbytes', got 'regex'"),
+        (
+            {"skip": ["*.mlp"], "skip_syntax": "bitsandbytes"},
+            ValueError,
+            r"a pattern for bitsandbytes is a regular expression, '\*\.mlp' is not: nothing to repeat",
+        ),
         ({"quant_method": "gptq"}, ValueError, "quant_method 'pyquant', got 'gptq'"),
         ({"bits": 4}, TypeError, "unexpected keyword argument 'bits'"),
     ],
