@@ -52,6 +52,22 @@ def assert_same(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def record_products(monkeypatch):
+    """A list that grows by the dtype of each product with a 4-bit weight, with an adapter or without."""
+    seen = []
+    for name in ("linear_4bit", "lora_linear_4bit"):
+        op = getattr(torch.ops.pyquant, name)
+        monkeypatch.setattr(
+            torch.ops.pyquant, name, lambda x, *args, op=op: (seen.append(x.dtype), op(x, *args))[1], raising=False
+        )
+    return seen
+
+
+@pytest.fixture
+def product_dtypes(monkeypatch):
+    return record_products(monkeypatch)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch._dynamo.reset()
@@ -132,20 +148,29 @@ def test_export_with_dynamic_rows_saves_and_loads(kind, strict):
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("compute_dtype", [None, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_respects_the_compute_dtype(kind, autocast, compute_dtype, dtype, monkeypatch):
+def test_autocast_respects_the_compute_dtype(kind, autocast, compute_dtype, dtype, product_dtypes):
     """Products run in compute_dtype; without one, in autocast's dtype: never in float32 unless that was chosen."""
     model = build(kind, compute_dtype=compute_dtype)
-    seen = []
-    for name in ("linear_4bit", "lora_linear_4bit"):
-        op = getattr(torch.ops.pyquant, name)
-        monkeypatch.setattr(
-            torch.ops.pyquant, name, lambda x, *args, op=op: (seen.append(x.dtype), op(x, *args))[1], raising=False
-        )
     with torch.autocast("cpu", autocast):
         y = model(torch.randn(3, 64, dtype=dtype))
     expected = compute_dtype or autocast
-    assert seen == [expected, expected]
+    assert product_dtypes == [expected, expected]
     assert y.dtype in (dtype, autocast)  # GELU may cast between the layers
+
+
+@each_kind
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32, torch.float16])
+def test_autocast_after_an_evaluation_in_float32_runs_in_its_dtype(kind, compute_dtype, product_dtypes):
+    model, x = build(kind, compute_dtype=compute_dtype), torch.randn(3, 64)
+    with torch.no_grad():
+        model.eval()(x)
+    assert product_dtypes == [compute_dtype or torch.float32] * 2
+    product_dtypes.clear()
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            model(x.to(dtype))
+    assert product_dtypes == [compute_dtype or torch.bfloat16] * 4
 
 
 @each_kind

@@ -10,6 +10,7 @@ import reference
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_replace import linears, replace, with_exact_weights
+from test_torch import record_products
 
 import pyquant
 from pyquant.integrations.peft import LoraLinear4bit
@@ -362,13 +363,26 @@ def test_training_follows_the_dense_models_loss_curve(models, token_ids):
     assert all(torch.equal(value, packed_bytes(ours)[name][0]) for name, (value, _) in packed.items())
 
 
-def test_prepare_model_for_kbit_training_leaves_the_bytes(models, token_ids):
+def test_prepare_model_for_kbit_training_leaves_the_bytes_and_the_dtype(models, token_ids, monkeypatch):
+    """It makes embeddings and norms float32, and so every input: that chooses no dtype for products under autocast."""
     quantized, _ = models
     quantized.bfloat16()
     before = packed_bytes(quantized)
     prepared = peft.prepare_model_for_kbit_training(quantized, use_gradient_checkpointing=False)
     assert all(torch.equal(value, packed_bytes(prepared)[name][0]) for name, (value, _) in before.items())
+    seen = record_products(monkeypatch)
     assert prepared(token_ids).logits.isfinite().all()
+    assert seen == [torch.float32] * 14
+    model = randomize(get_peft_model(prepared, config()))
+    seen.clear()
+    model.generate(input_ids=token_ids, max_new_tokens=1, do_sample=False)
+    assert seen == [torch.float32] * 14
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model.train(), token_ids)
+    assert seen == [torch.bfloat16] * 14
+    loss.backward()
+    assert {gradient.dtype for gradient in adapter_gradients(model).values()} == {torch.float32}
 
 
 def test_a_copy_of_an_adapted_model_is_independent(models, token_ids):
