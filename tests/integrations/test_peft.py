@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from collections import Counter
 
 import peft
 import pytest
@@ -321,10 +322,15 @@ def test_gradient_checkpointing_repeats_the_dropout(models, token_ids, reentrant
     checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
     checkpointed.enable_input_require_grads()
     results = []
-    for model in (ours, checkpointed):
+    for model, times in ((ours, 1), (checkpointed, 2)):
+        runs = Counter()
+        for name, layer in linears(model, LoraLinear4bit).items():
+            layer.register_forward_pre_hook(lambda *_, runs=runs, name=name: runs.update([name]))
         torch.manual_seed(3)
         loss = loss_of(model.train(), token_ids)
         loss.backward()
+        assert len(runs) == 14
+        assert set(runs.values()) == {times}, "what is checkpointed runs again in the backward pass"
         results.append((loss.detach(), adapter_gradients(model)))
     (loss, gradients), (other_loss, other_gradients) = results
     assert torch.equal(loss, other_loss)
@@ -454,11 +460,16 @@ def test_weighted_combinations_are_plain_pefts(models, token_ids, combination):
         randomize(model, seed=5)
     ours, dense = pair
     copy_adapters(ours, dense)
+    with ours.disable_adapter():
+        without = ours(token_ids).logits
+    single = ours(token_ids).logits
     for model in pair:
         model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "both", combination_type=combination)
         model.set_adapter("both")
-    assert_close(ours(token_ids).logits, dense(token_ids).logits, 1e-3)
-    assert not torch.equal(ours(token_ids).logits, ours.get_base_model()(token_ids).logits + 1)
+    combined = ours(token_ids).logits
+    assert_close(combined, dense(token_ids).logits, 1e-3)
+    for other in (without, single):
+        assert reference.relative_error(combined.detach(), other.detach()) > 0.05, "the combination is one of its own"
     for model in pair:
         model.delete_adapter("both")
         model.set_adapter("second")
