@@ -4,6 +4,7 @@
 """
 
 import copy
+import dataclasses
 import os
 import warnings
 
@@ -23,6 +24,17 @@ __all__ = ["LoraLinear4bit", "lora_config", "merge_and_unload", "register"]
 
 # The others look at the base weight.
 _INITIALIZATIONS = ("gaussian", "eva")
+# Options of LoraConfig that ask for another arithmetic, which would be plain LoRA here. Newer versions of PEFT tag them
+# as variants, but not QALoRA's, which it has for GPTQ layers alone.
+_VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
 
 
 class LoraLinear4bit(torch.nn.Module, LoraLayer):
@@ -34,6 +46,10 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
 
     Merging adds the adapters to the dequantized 4-bit weight and quantizes the sum; unmerging restores the bytes that
     were there before. `pyquant.merge_and_unload` merges into 16-bit weights.
+
+    Raises:
+        ValueError: the config asks for a variant of LoRA other than DoRA, or for an initialization that reads the base
+            weight.
     """
 
     def __init__(
@@ -63,7 +79,8 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs):
-        for option in ("alora_invocation_tokens", "arrow_config", "velora_config"):
+        tagged = {field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")}
+        for option in sorted(tagged.union(_VARIANTS) - {"use_dora"}):
             if getattr(config, option, None):
                 raise ValueError(f"pyquant's 4-bit LoRA layer does not support {option}; leave it out of LoraConfig")
         return Dora4bitVariant() if config.use_dora else None

@@ -1,6 +1,7 @@
 """LoRA through PEFT: the fused layer against plain PEFT on the dense model that the 4-bit weights stand for."""
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from collections import Counter
@@ -337,14 +338,37 @@ def test_gradient_checkpointing_repeats_the_dropout(models, token_ids, reentrant
     assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [({"alora_invocation_tokens": [1]}, "alora_invocation_tokens")],
-)
-def test_unsupported_variants_are_refused(models, options, named):
-    quantized, _ = models
+LORA_OPTIONS = {field.name: field for field in dataclasses.fields(LoraConfig)}
+# QALoRA is PEFT's for GPTQ layers alone and has no tag; of the variants, DoRA is supported.
+VARIANTS = {"use_qalora"} | {name for name, field in LORA_OPTIONS.items() if field.metadata.get("is_lora_variant")}
+
+
+def assert_refused(model, lora, named):
     with pytest.raises(ValueError, match=f"pyquant's 4-bit LoRA layer does not support {named}; leave it out"):
-        get_peft_model(quantized, config(**options))
+        get_peft_model(model, lora)
+    assert not linears(model, LoraLinear4bit)
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+@pytest.mark.parametrize("option", sorted(VARIANTS - {"use_dora"}))
+def test_unsupported_variants_are_refused(models, option, tagged, monkeypatch):
+    quantized, _ = models
+    lora = config()
+    setattr(lora, option, True)  # whatever it holds
+    if not tagged:  # as by a version of PEFT without tags
+        monkeypatch.setattr(LORA_OPTIONS[option], "metadata", {})
+    assert_refused(quantized, lora, option)
+
+
+def test_a_variant_of_a_later_peft_is_refused(models, monkeypatch):
+    quantized, _ = models
+    monkeypatch.setattr(LORA_OPTIONS["layers_pattern"], "metadata", {"is_lora_variant": True})
+    assert_refused(quantized, config(layers_to_transform=[0], layers_pattern="layers"), "layers_pattern")
+
+
+def test_a_variant_beside_dora_is_refused(models):
+    quantized, _ = models
+    assert_refused(quantized, config(use_dora=True, alora_invocation_tokens=[1]), "alora_invocation_tokens")
 
 
 def train(model, token_ids, steps=8):
