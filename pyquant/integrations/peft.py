@@ -65,8 +65,9 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False
         self._active_adapter = adapter_name
-        # The base weight's packed bytes and state while adapters are merged into it.
+        # The base weight's packed bytes and state while adapters are merged into it, and its bias while theirs are.
         self._unmerged_weight = None
+        self._unmerged_bias = None
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
@@ -214,6 +215,8 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         )
         for name in names:
             if self.lora_bias[name]:
+                if self._unmerged_bias is None:
+                    self._unmerged_bias = base.bias.detach().clone()
                 base.bias.data += self._bias_delta(name).to(base.bias)
         self._unmerged_weight = original
         self.merged_adapters.extend(names)
@@ -227,17 +230,17 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         return self.lora_B[name].bias.detach() * self.scaling[name]
 
     def unmerge(self) -> None:
-        """Restores the base weight's bytes from before the first merge."""
+        """Restores the base weight's bytes, and the base bias, from before the first merge."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        device = self.get_base_layer().weight.device
+        base = self.get_base_layer()
+        device = base.weight.device
         data, state = self._unmerged_weight
         self._set_weight(data.to(device), state.to(device))
-        for name in self.merged_adapters:
-            if self.lora_bias[name]:
-                self.get_base_layer().bias.data -= self._bias_delta(name).to(self.get_base_layer().bias)
-        self._unmerged_weight = None
+        if self._unmerged_bias is not None:
+            base.bias.data.copy_(self._unmerged_bias)
+        self._unmerged_weight = self._unmerged_bias = None
         self.merged_adapters.clear()
 
     def _set_weight(self, data: torch.Tensor, state) -> None:

@@ -130,6 +130,51 @@ def test_outputs_and_gradients_are_plain_pefts(models, token_ids, options):
         assert_close(gradients[name], gradient, 1e-3)
 
 
+@pytest.fixture
+def models_with_biases():
+    """(4-bit model, the dense model with the same rounded weights): a Qwen2, whose q, k and v have biases."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    dense = Qwen2ForCausalLM(Qwen2Config(vocab_size=96, num_hidden_layers=2, attn_implementation="eager", **sizes))
+    for name, parameter in dense.named_parameters():
+        if name.endswith(".bias"):
+            parameter.data.normal_(0, 0.1)
+    quantized = replace(copy.deepcopy(dense))
+    return quantized, with_exact_weights(dense, quantized)
+
+
+@pytest.mark.parametrize(("bias", "count"), [("all", 6), ("lora_only", 2)])
+def test_the_bases_biases_are_trained_and_saved_as_plain_pefts(models_with_biases, token_ids, tmp_path, bias, count):
+    quantized, dense = models_with_biases
+    blank = copy.deepcopy(quantized)
+    before = {name: p.clone() for name, p in dense.named_parameters() if name.endswith(".bias")}
+    options = {"target_modules": ["q_proj", "o_proj"], "bias": bias}
+    ours, plain = (randomize(get_peft_model(model, config(**options))) for model in (quantized, dense))
+    for model in (ours, plain):
+        loss_of(model.train(), token_ids).backward()
+    gradients, expected = adapter_gradients(ours), adapter_gradients(plain)
+    assert list(gradients) == list(expected)
+    assert sum(name.endswith(".bias") for name in gradients) == count
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        assert_close(gradients[name], gradient, 1e-3)
+    for model in (ours, plain):
+        model.zero_grad()
+    losses, expected = train(ours, token_ids), train(plain, token_ids)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=2e-3, atol=0)
+    saved = peft.get_peft_model_state_dict(ours)
+    assert list(saved) == list(peft.get_peft_model_state_dict(plain))
+    biases = {name.removeprefix("base_model.model.").replace(".base_layer", ""): saved[name] for name in saved}
+    changed = [name for name in before if name in biases and not torch.equal(biases[name], before[name])]
+    assert len(changed) == count
+    ours.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(blank, tmp_path)
+    expected = ours.eval()(token_ids).logits
+    assert torch.equal(again(token_ids).logits, expected)
+    assert_close(pyquant.merge_and_unload(ours)(token_ids).logits, expected)
+
+
 def test_float32_adapters_on_a_bfloat16_base(models, token_ids):
     ours, dense = adapted_pair(models)
     masters = {n: p.data for n, p in ours.named_parameters() if "lora_" in n}
@@ -536,20 +581,32 @@ def test_the_adapters_dtype_is_the_one_chosen(tiny_mistral, token_ids, autocast,
     assert {p.grad.dtype for p in adapters.values()} == {torch.bfloat16}
 
 
-@pytest.mark.filterwarnings("ignore:merging into the dequantized")
-def test_an_adapters_bias_is_merged_with_its_scaling():
-    model = torch.nn.Sequential(torch.nn.Linear(64, 96))
+@pytest.mark.filterwarnings("ignore:merging into the dequantized", "ignore:Already following adapters were merged")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_an_adapters_bias_is_merged_with_its_scaling_and_unmerged_bit_by_bit(dtype, tolerance):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96)).to(dtype)
     pyquant.replace_linear(model, verbose=False)
     options = {"target_modules": ["0"], "lora_bias": True, "task_type": None, "lora_alpha": 12}
-    ours = randomize(get_peft_model(model, config(**options)))
+    ours = get_peft_model(model, config(**options))
+    ours.add_adapter("second", config(**options))
+    randomize(ours)
+    ours.base_model.set_adapter(["default", "second"])
     layer = ours.base_model.model[0]
     bias = layer.base_layer.bias.clone()
-    x = torch.zeros(1, 64)  # the weight drops out
+    x = torch.zeros(1, 64, dtype=dtype)  # the weight drops out
     expected = ours(x)
-    ours.merge_adapter()
-    assert_close(ours(x), expected, 1e-6)
+    for name in ("default", "second"):
+        ours.merge_adapter([name])
+    assert_close(ours(x), expected, tolerance)
     ours.unmerge_adapter()
-    torch.testing.assert_close(layer.base_layer.bias, bias, rtol=0, atol=1e-6)
+    assert torch.equal(layer.base_layer.bias, bias)
+    # The next merge starts from what is there then.
+    layer.base_layer.bias.data += 1
+    bias = layer.base_layer.bias.clone()
+    ours.merge_adapter()
+    assert not torch.equal(layer.base_layer.bias, bias)
+    ours.unmerge_adapter()
+    assert torch.equal(layer.base_layer.bias, bias)
 
 
 def test_merging_says_into_what(models):
