@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 import pyquant
 from pyquant.nn import Linear4bit
@@ -105,6 +106,47 @@ def test_inductor_takes_the_ops():
     ours, theirs = gradients(torch.compile(model, fullgraph=True), x), gradients(model, x)
     for a, b in zip([ours[0], *ours[1]], [theirs[0], *theirs[1]], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@each_kind
+def test_a_compiled_layer_replays_a_cuda_graph(kind):
+    layer = build(kind)[0].cuda().bfloat16().eval()
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    counters.clear()
+    with torch.no_grad():
+        for _ in range(5):  # a warm-up, the capture, and replays
+            x = torch.randn(16, 64, device="cuda", dtype=torch.bfloat16)
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.testing.assert_close(compiled(x), layer(x), rtol=0.01, atol=0.01)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_of_an_adapted_layer_draws_a_new_mask_in_each_replay(monkeypatch):
+    layer = build(dropout=0.5)[0].cuda().bfloat16().train()
+    x = torch.randn(16, 64, device="cuda", dtype=torch.bfloat16)
+    op, calls = torch.ops.pyquant.lora_linear_4bit, []
+    monkeypatch.setattr(
+        torch.ops.pyquant, "lora_linear_4bit", lambda *args: (calls.append(args), op(*args))[1], raising=False
+    )
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        layer(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        y = layer(x)
+    *weight_and_adapter, dropout, seed = calls[-1]  # tensors of the graph, which each replay writes
+    seeds = []
+    for _ in range(3):
+        x.copy_(torch.randn(16, 64))
+        graph.replay()
+        assert torch.equal(y, op(*weight_and_adapter, dropout, seed)[0])
+        assert not torch.equal(y, op(*weight_and_adapter, 0.0, None)[0])
+        seeds.append(seed.item())
+    assert len(set(seeds)) == 3
 
 
 def test_a_whole_adapted_model_compiles_without_breaks(tiny_mistral, token_ids):

@@ -194,6 +194,28 @@ def test_float32_adapters_on_a_bfloat16_base(models, token_ids):
         assert reference.relative_error(gradient, exact) < limit, name
 
 
+def test_a_model_trains_under_autocast_as_near_to_float64_as_plain_pefts(models, token_ids, device, monkeypatch):
+    ours, dense = adapted_pair(models)
+    truth = copy.deepcopy(dense).double()
+    loss = loss_of(truth.train(), token_ids)
+    loss.backward()
+    token_ids = token_ids.to(device)
+    ours.to(device)(token_ids)  # an evaluation in float32 first
+    seen, losses = record_products(monkeypatch), []
+    for model in (ours, dense.to(device)):
+        with torch.autocast(device, torch.bfloat16):
+            losses.append(loss_of(model.train(), token_ids))
+        losses[-1].backward()
+    assert seen == [torch.bfloat16] * 14
+    for rough in losses:
+        assert_close(rough, loss, 0.01)
+    gradients, exact, rough = (adapter_gradients(model) for model in (ours, truth, dense))
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        limit = max(2 * reference.relative_error(rough[name], exact[name]), 0.02)
+        assert reference.relative_error(gradient, exact[name]) < limit, name
+
+
 def test_dropout_is_for_training_alone(models, token_ids):
     ours, dense = adapted_pair(models, lora_dropout=0.5)
     expected = dense.eval()(token_ids).logits
