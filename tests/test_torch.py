@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 import pyquant
 from pyquant.nn import Linear4bit
@@ -52,6 +53,22 @@ def assert_same(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def record_products(monkeypatch):
+    """A list that grows by the dtype of each product with a 4-bit weight, with an adapter or without."""
+    seen = []
+    for name in ("linear_4bit", "lora_linear_4bit"):
+        op = getattr(torch.ops.pyquant, name)
+        monkeypatch.setattr(
+            torch.ops.pyquant, name, lambda x, *args, op=op: (seen.append(x.dtype), op(x, *args))[1], raising=False
+        )
+    return seen
+
+
+@pytest.fixture
+def product_dtypes(monkeypatch):
+    return record_products(monkeypatch)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch._dynamo.reset()
@@ -89,6 +106,47 @@ def test_inductor_takes_the_ops():
     ours, theirs = gradients(torch.compile(model, fullgraph=True), x), gradients(model, x)
     for a, b in zip([ours[0], *ours[1]], [theirs[0], *theirs[1]], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@each_kind
+def test_a_compiled_layer_replays_a_cuda_graph(kind):
+    layer = build(kind)[0].cuda().bfloat16().eval()
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    counters.clear()
+    with torch.no_grad():
+        for _ in range(5):  # a warm-up, the capture, and replays
+            x = torch.randn(16, 64, device="cuda", dtype=torch.bfloat16)
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.testing.assert_close(compiled(x), layer(x), rtol=0.01, atol=0.01)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_of_an_adapted_layer_draws_a_new_mask_in_each_replay(monkeypatch):
+    layer = build(dropout=0.5)[0].cuda().bfloat16().train()
+    x = torch.randn(16, 64, device="cuda", dtype=torch.bfloat16)
+    op, calls = torch.ops.pyquant.lora_linear_4bit, []
+    monkeypatch.setattr(
+        torch.ops.pyquant, "lora_linear_4bit", lambda *args: (calls.append(args), op(*args))[1], raising=False
+    )
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        layer(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        y = layer(x)
+    *weight_and_adapter, dropout, seed = calls[-1]  # tensors of the graph, which each replay writes
+    seeds = []
+    for _ in range(3):
+        x.copy_(torch.randn(16, 64))
+        graph.replay()
+        assert torch.equal(y, op(*weight_and_adapter, dropout, seed)[0])
+        assert not torch.equal(y, op(*weight_and_adapter, 0.0, None)[0])
+        seeds.append(seed.item())
+    assert len(set(seeds)) == 3
 
 
 def test_a_whole_adapted_model_compiles_without_breaks(tiny_mistral, token_ids):
@@ -132,20 +190,29 @@ def test_export_with_dynamic_rows_saves_and_loads(kind, strict):
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("compute_dtype", [None, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_respects_the_compute_dtype(kind, autocast, compute_dtype, dtype, monkeypatch):
+def test_autocast_respects_the_compute_dtype(kind, autocast, compute_dtype, dtype, product_dtypes):
     """Products run in compute_dtype; without one, in autocast's dtype: never in float32 unless that was chosen."""
     model = build(kind, compute_dtype=compute_dtype)
-    seen = []
-    for name in ("linear_4bit", "lora_linear_4bit"):
-        op = getattr(torch.ops.pyquant, name)
-        monkeypatch.setattr(
-            torch.ops.pyquant, name, lambda x, *args, op=op: (seen.append(x.dtype), op(x, *args))[1], raising=False
-        )
     with torch.autocast("cpu", autocast):
         y = model(torch.randn(3, 64, dtype=dtype))
     expected = compute_dtype or autocast
-    assert seen == [expected, expected]
+    assert product_dtypes == [expected, expected]
     assert y.dtype in (dtype, autocast)  # GELU may cast between the layers
+
+
+@each_kind
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32, torch.float16])
+def test_autocast_after_an_evaluation_in_float32_runs_in_its_dtype(kind, compute_dtype, product_dtypes):
+    model, x = build(kind, compute_dtype=compute_dtype), torch.randn(3, 64)
+    with torch.no_grad():
+        model.eval()(x)
+    assert product_dtypes == [compute_dtype or torch.float32] * 2
+    product_dtypes.clear()
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            model(x.to(dtype))
+    assert product_dtypes == [compute_dtype or torch.bfloat16] * 4
 
 
 @each_kind
@@ -237,6 +304,6 @@ def test_checkpointed_gradients_are_the_plain_ones(kind, reentrant):
     result.square().sum().backward()
     torch.testing.assert_close(result, y, rtol=0, atol=0)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    assert bool(trainable) == (kind == "adapted") or kind == "base"
+    assert len(trainable) == {"base": 2, "adapted": 4}[kind], "the biases, or A and B of both layers"
     for ours, theirs in zip([leaf, *trainable], expected, strict=True):
         torch.testing.assert_close(ours.grad, theirs, rtol=0, atol=0)

@@ -4,6 +4,7 @@
 """
 
 import copy
+import dataclasses
 import os
 import warnings
 
@@ -23,6 +24,17 @@ __all__ = ["LoraLinear4bit", "lora_config", "merge_and_unload", "register"]
 
 # The others look at the base weight.
 _INITIALIZATIONS = ("gaussian", "eva")
+# Options of LoraConfig that ask for another arithmetic, which would be plain LoRA here. Newer versions of PEFT tag them
+# as variants, but not QALoRA's, which it has for GPTQ layers alone.
+_VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
 
 
 class LoraLinear4bit(torch.nn.Module, LoraLayer):
@@ -34,6 +46,10 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
 
     Merging adds the adapters to the dequantized 4-bit weight and quantizes the sum; unmerging restores the bytes that
     were there before. `pyquant.merge_and_unload` merges into 16-bit weights.
+
+    Raises:
+        ValueError: the config asks for a variant of LoRA other than DoRA, or for an initialization that reads the base
+            weight.
     """
 
     def __init__(
@@ -49,8 +65,9 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False
         self._active_adapter = adapter_name
-        # The base weight's packed bytes and state while adapters are merged into it.
+        # The base weight's packed bytes and state while adapters are merged into it, and its bias while theirs are.
         self._unmerged_weight = None
+        self._unmerged_bias = None
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
@@ -63,7 +80,8 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs):
-        for option in ("alora_invocation_tokens", "arrow_config", "velora_config"):
+        tagged = {field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")}
+        for option in sorted(tagged.union(_VARIANTS) - {"use_dora"}):
             if getattr(config, option, None):
                 raise ValueError(f"pyquant's 4-bit LoRA layer does not support {option}; leave it out of LoraConfig")
         return Dora4bitVariant() if config.use_dora else None
@@ -197,6 +215,8 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         )
         for name in names:
             if self.lora_bias[name]:
+                if self._unmerged_bias is None:
+                    self._unmerged_bias = base.bias.detach().clone()
                 base.bias.data += self._bias_delta(name).to(base.bias)
         self._unmerged_weight = original
         self.merged_adapters.extend(names)
@@ -210,17 +230,17 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         return self.lora_B[name].bias.detach() * self.scaling[name]
 
     def unmerge(self) -> None:
-        """Restores the base weight's bytes from before the first merge."""
+        """Restores the base weight's bytes, and the base bias, from before the first merge."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        device = self.get_base_layer().weight.device
+        base = self.get_base_layer()
+        device = base.weight.device
         data, state = self._unmerged_weight
         self._set_weight(data.to(device), state.to(device))
-        for name in self.merged_adapters:
-            if self.lora_bias[name]:
-                self.get_base_layer().bias.data -= self._bias_delta(name).to(self.get_base_layer().bias)
-        self._unmerged_weight = None
+        if self._unmerged_bias is not None:
+            base.bias.data.copy_(self._unmerged_bias)
+        self._unmerged_weight = self._unmerged_bias = None
         self.merged_adapters.clear()
 
     def _set_weight(self, data: torch.Tensor, state) -> None:

@@ -21,8 +21,8 @@ class Linear4bit(torch.nn.Linear):
         input_features: K.
         output_features: N.
         bias: whether there is one; it stays dense.
-        compute_dtype: dtype that inputs are cast to for the product; the result is cast back. None: the dtype of the
-            first input, if it is float32 or bfloat16.
+        compute_dtype: dtype that inputs are cast to for the product; the result is cast back. None: autocast's dtype
+            under autocast, else the input's.
         compress_statistics: double quantization.
         quant_type: ``"fp4"`` or ``"nf4"``.
         quant_storage: dtype that the packed bytes are viewed as.
@@ -52,7 +52,6 @@ class Linear4bit(torch.nn.Linear):
             module=self,
         )
         self.compute_dtype = compute_dtype
-        self.compute_type_is_set = compute_dtype is not None
         self.quant_state: QuantState | None = None
         self.quant_storage = quant_storage
 
@@ -79,21 +78,19 @@ class Linear4bit(torch.nn.Linear):
         layer.quant_state = weight.quant_state
         return layer
 
-    def set_compute_type(self, x: torch.Tensor) -> None:
-        """Takes the dtype of the first input as the compute dtype, unless it is float16, which may overflow."""
-        if x.dtype in (torch.float32, torch.bfloat16):
-            self.compute_dtype = x.dtype
-        self.compute_type_is_set = True
+    @property
+    def compute_type_is_set(self) -> bool:
+        """Whether a compute dtype was chosen, under bitsandbytes' name."""
+        return self.compute_dtype is not None
 
     def compute_dtype_for(self, x: torch.Tensor) -> torch.dtype:
         """The dtype that the product with `x` runs in."""
-        if not self.compute_type_is_set:
-            if torch.is_autocast_enabled(x.device.type):
-                return torch.get_autocast_dtype(x.device.type)
-            if torch.compiler.is_compiling():  # A graph that changed the layer would be compiled twice.
-                return x.dtype
-            self.set_compute_type(x)
-        return x.dtype if self.compute_dtype is None else self.compute_dtype
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        # No input decides for later ones, as bitsandbytes' first does: an evaluation in float32 before training would
+        # make every product under autocast one in float32.
+        device = x.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
     def packed_state(self) -> QuantState:
         """What the weight's bytes mean.

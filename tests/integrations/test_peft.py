@@ -1,8 +1,10 @@
 """LoRA through PEFT: the fused layer against plain PEFT on the dense model that the 4-bit weights stand for."""
 
 import copy
+import dataclasses
 import subprocess
 import sys
+from collections import Counter
 
 import peft
 import pytest
@@ -10,6 +12,7 @@ import reference
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_replace import linears, replace, with_exact_weights
+from test_torch import record_products
 
 import pyquant
 from pyquant.integrations.peft import LoraLinear4bit
@@ -127,6 +130,51 @@ def test_outputs_and_gradients_are_plain_pefts(models, token_ids, options):
         assert_close(gradients[name], gradient, 1e-3)
 
 
+@pytest.fixture
+def models_with_biases():
+    """(4-bit model, the dense model with the same rounded weights): a Qwen2, whose q, k and v have biases."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    dense = Qwen2ForCausalLM(Qwen2Config(vocab_size=96, num_hidden_layers=2, attn_implementation="eager", **sizes))
+    for name, parameter in dense.named_parameters():
+        if name.endswith(".bias"):
+            parameter.data.normal_(0, 0.1)
+    quantized = replace(copy.deepcopy(dense))
+    return quantized, with_exact_weights(dense, quantized)
+
+
+@pytest.mark.parametrize(("bias", "count"), [("all", 6), ("lora_only", 2)])
+def test_the_bases_biases_are_trained_and_saved_as_plain_pefts(models_with_biases, token_ids, tmp_path, bias, count):
+    quantized, dense = models_with_biases
+    blank = copy.deepcopy(quantized)
+    before = {name: p.clone() for name, p in dense.named_parameters() if name.endswith(".bias")}
+    options = {"target_modules": ["q_proj", "o_proj"], "bias": bias}
+    ours, plain = (randomize(get_peft_model(model, config(**options))) for model in (quantized, dense))
+    for model in (ours, plain):
+        loss_of(model.train(), token_ids).backward()
+    gradients, expected = adapter_gradients(ours), adapter_gradients(plain)
+    assert list(gradients) == list(expected)
+    assert sum(name.endswith(".bias") for name in gradients) == count
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        assert_close(gradients[name], gradient, 1e-3)
+    for model in (ours, plain):
+        model.zero_grad()
+    losses, expected = train(ours, token_ids), train(plain, token_ids)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=2e-3, atol=0)
+    saved = peft.get_peft_model_state_dict(ours)
+    assert list(saved) == list(peft.get_peft_model_state_dict(plain))
+    biases = {name.removeprefix("base_model.model.").replace(".base_layer", ""): saved[name] for name in saved}
+    changed = [name for name in before if name in biases and not torch.equal(biases[name], before[name])]
+    assert len(changed) == count
+    ours.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(blank, tmp_path)
+    expected = ours.eval()(token_ids).logits
+    assert torch.equal(again(token_ids).logits, expected)
+    assert_close(pyquant.merge_and_unload(ours)(token_ids).logits, expected)
+
+
 def test_float32_adapters_on_a_bfloat16_base(models, token_ids):
     ours, dense = adapted_pair(models)
     masters = {n: p.data for n, p in ours.named_parameters() if "lora_" in n}
@@ -144,6 +192,28 @@ def test_float32_adapters_on_a_bfloat16_base(models, token_ids):
         # The whole network runs in bfloat16: the yardstick is plain PEFT there.
         limit = max(1.6 * reference.relative_error(adapter_gradients(rough)[name], exact), 0.02)
         assert reference.relative_error(gradient, exact) < limit, name
+
+
+def test_a_model_trains_under_autocast_as_near_to_float64_as_plain_pefts(models, token_ids, device, monkeypatch):
+    ours, dense = adapted_pair(models)
+    truth = copy.deepcopy(dense).double()
+    loss = loss_of(truth.train(), token_ids)
+    loss.backward()
+    token_ids = token_ids.to(device)
+    ours.to(device)(token_ids)  # an evaluation in float32 first
+    seen, losses = record_products(monkeypatch), []
+    for model in (ours, dense.to(device)):
+        with torch.autocast(device, torch.bfloat16):
+            losses.append(loss_of(model.train(), token_ids))
+        losses[-1].backward()
+    assert seen == [torch.bfloat16] * 14
+    for rough in losses:
+        assert_close(rough, loss, 0.01)
+    gradients, exact, rough = (adapter_gradients(model) for model in (ours, truth, dense))
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        limit = max(2 * reference.relative_error(rough[name], exact[name]), 0.02)
+        assert reference.relative_error(gradient, exact[name]) < limit, name
 
 
 def test_dropout_is_for_training_alone(models, token_ids):
@@ -320,24 +390,52 @@ def test_gradient_checkpointing_repeats_the_dropout(models, token_ids, reentrant
     checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
     checkpointed.enable_input_require_grads()
     results = []
-    for model in (ours, checkpointed):
+    for model, times in ((ours, 1), (checkpointed, 2)):
+        runs = Counter()
+        for name, layer in linears(model, LoraLinear4bit).items():
+            layer.register_forward_pre_hook(lambda *_, runs=runs, name=name: runs.update([name]))
         torch.manual_seed(3)
         loss = loss_of(model.train(), token_ids)
         loss.backward()
+        assert len(runs) == 14
+        assert set(runs.values()) == {times}, "what is checkpointed runs again in the backward pass"
         results.append((loss.detach(), adapter_gradients(model)))
     (loss, gradients), (other_loss, other_gradients) = results
     assert torch.equal(loss, other_loss)
     assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [({"alora_invocation_tokens": [1]}, "alora_invocation_tokens")],
-)
-def test_unsupported_variants_are_refused(models, options, named):
-    quantized, _ = models
+LORA_OPTIONS = {field.name: field for field in dataclasses.fields(LoraConfig)}
+# QALoRA is PEFT's for GPTQ layers alone and has no tag; of the variants, DoRA is supported.
+VARIANTS = {"use_qalora"} | {name for name, field in LORA_OPTIONS.items() if field.metadata.get("is_lora_variant")}
+
+
+def assert_refused(model, lora, named):
     with pytest.raises(ValueError, match=f"pyquant's 4-bit LoRA layer does not support {named}; leave it out"):
-        get_peft_model(quantized, config(**options))
+        get_peft_model(model, lora)
+    assert not linears(model, LoraLinear4bit)
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+@pytest.mark.parametrize("option", sorted(VARIANTS - {"use_dora"}))
+def test_unsupported_variants_are_refused(models, option, tagged, monkeypatch):
+    quantized, _ = models
+    lora = config()
+    setattr(lora, option, True)  # whatever it holds
+    if not tagged:  # as by a version of PEFT without tags
+        monkeypatch.setattr(LORA_OPTIONS[option], "metadata", {})
+    assert_refused(quantized, lora, option)
+
+
+def test_a_variant_of_a_later_peft_is_refused(models, monkeypatch):
+    quantized, _ = models
+    monkeypatch.setattr(LORA_OPTIONS["layers_pattern"], "metadata", {"is_lora_variant": True})
+    assert_refused(quantized, config(layers_to_transform=[0], layers_pattern="layers"), "layers_pattern")
+
+
+def test_a_variant_beside_dora_is_refused(models):
+    quantized, _ = models
+    assert_refused(quantized, config(use_dora=True, alora_invocation_tokens=[1]), "alora_invocation_tokens")
 
 
 def train(model, token_ids, steps=8):
@@ -362,13 +460,26 @@ def test_training_follows_the_dense_models_loss_curve(models, token_ids):
     assert all(torch.equal(value, packed_bytes(ours)[name][0]) for name, (value, _) in packed.items())
 
 
-def test_prepare_model_for_kbit_training_leaves_the_bytes(models, token_ids):
+def test_prepare_model_for_kbit_training_leaves_the_bytes_and_the_dtype(models, token_ids, monkeypatch):
+    """It makes embeddings and norms float32, and so every input: that chooses no dtype for products under autocast."""
     quantized, _ = models
     quantized.bfloat16()
     before = packed_bytes(quantized)
     prepared = peft.prepare_model_for_kbit_training(quantized, use_gradient_checkpointing=False)
     assert all(torch.equal(value, packed_bytes(prepared)[name][0]) for name, (value, _) in before.items())
+    seen = record_products(monkeypatch)
     assert prepared(token_ids).logits.isfinite().all()
+    assert seen == [torch.float32] * 14
+    model = randomize(get_peft_model(prepared, config()))
+    seen.clear()
+    model.generate(input_ids=token_ids, max_new_tokens=1, do_sample=False)
+    assert seen == [torch.float32] * 14
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model.train(), token_ids)
+    assert seen == [torch.bfloat16] * 14
+    loss.backward()
+    assert {gradient.dtype for gradient in adapter_gradients(model).values()} == {torch.float32}
 
 
 def test_a_copy_of_an_adapted_model_is_independent(models, token_ids):
@@ -440,11 +551,16 @@ def test_weighted_combinations_are_plain_pefts(models, token_ids, combination):
         randomize(model, seed=5)
     ours, dense = pair
     copy_adapters(ours, dense)
+    with ours.disable_adapter():
+        without = ours(token_ids).logits
+    single = ours(token_ids).logits
     for model in pair:
         model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "both", combination_type=combination)
         model.set_adapter("both")
-    assert_close(ours(token_ids).logits, dense(token_ids).logits, 1e-3)
-    assert not torch.equal(ours(token_ids).logits, ours.get_base_model()(token_ids).logits + 1)
+    combined = ours(token_ids).logits
+    assert_close(combined, dense(token_ids).logits, 1e-3)
+    for other in (without, single):
+        assert reference.relative_error(combined.detach(), other.detach()) > 0.05, "the combination is one of its own"
     for model in pair:
         model.delete_adapter("both")
         model.set_adapter("second")
@@ -487,20 +603,32 @@ def test_the_adapters_dtype_is_the_one_chosen(tiny_mistral, token_ids, autocast,
     assert {p.grad.dtype for p in adapters.values()} == {torch.bfloat16}
 
 
-@pytest.mark.filterwarnings("ignore:merging into the dequantized")
-def test_an_adapters_bias_is_merged_with_its_scaling():
-    model = torch.nn.Sequential(torch.nn.Linear(64, 96))
+@pytest.mark.filterwarnings("ignore:merging into the dequantized", "ignore:Already following adapters were merged")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_an_adapters_bias_is_merged_with_its_scaling_and_unmerged_bit_by_bit(dtype, tolerance):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96)).to(dtype)
     pyquant.replace_linear(model, verbose=False)
     options = {"target_modules": ["0"], "lora_bias": True, "task_type": None, "lora_alpha": 12}
-    ours = randomize(get_peft_model(model, config(**options)))
+    ours = get_peft_model(model, config(**options))
+    ours.add_adapter("second", config(**options))
+    randomize(ours)
+    ours.base_model.set_adapter(["default", "second"])
     layer = ours.base_model.model[0]
     bias = layer.base_layer.bias.clone()
-    x = torch.zeros(1, 64)  # the weight drops out
+    x = torch.zeros(1, 64, dtype=dtype)  # the weight drops out
     expected = ours(x)
-    ours.merge_adapter()
-    assert_close(ours(x), expected, 1e-6)
+    for name in ("default", "second"):
+        ours.merge_adapter([name])
+    assert_close(ours(x), expected, tolerance)
     ours.unmerge_adapter()
-    torch.testing.assert_close(layer.base_layer.bias, bias, rtol=0, atol=1e-6)
+    assert torch.equal(layer.base_layer.bias, bias)
+    # The next merge starts from what is there then.
+    layer.base_layer.bias.data += 1
+    bias = layer.base_layer.bias.clone()
+    ours.merge_adapter()
+    assert not torch.equal(layer.base_layer.bias, bias)
+    ours.unmerge_adapter()
+    assert torch.equal(layer.base_layer.bias, bias)
 
 
 def test_merging_says_into_what(models):

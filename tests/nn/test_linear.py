@@ -153,7 +153,7 @@ def test_compute_dtypes_are_bitsandbytes(dtype, compute_dtype):
     x = torch.randn(7, 64).to(dtype)
     y, expected = ours(x), theirs(x)
     assert y.dtype == expected.dtype == dtype
-    assert ours.compute_dtype == theirs.compute_dtype
+    assert ours.compute_dtype == compute_dtype, "a forward pass chooses nothing"
     ran_in = compute_dtype or dtype
     tolerance = 2 * max(torch.finfo(ran_in).eps, torch.finfo(dtype).eps)
     assert reference.relative_error(y.detach(), expected.detach()) < tolerance
@@ -163,28 +163,36 @@ def test_compute_dtypes_are_bitsandbytes(dtype, compute_dtype):
     assert coarse / 20 < reference.relative_error(y.detach(), truth) < coarse
 
 
-def test_the_first_input_sets_the_compute_dtype_once():
-    built = layer()
-    built(torch.randn(1, 64).bfloat16())
-    assert built.compute_dtype == torch.bfloat16
-    built(torch.randn(1, 64))
-    assert built.compute_dtype == torch.bfloat16
-    built = layer()
-    built(torch.randn(1, 64).half())
-    assert built.compute_dtype is None
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_input_decides_for_later_ones(first):
+    """bitsandbytes keeps the dtype of the first: after one in bfloat16, products with float32 would run in that."""
+    used, x = layer(), torch.randn(7, 64)
+    unused = copy.deepcopy(used)
+    used(x.to(first))
+    assert used.compute_dtype is None
+    assert not used.compute_type_is_set
+    assert torch.equal(used(x), unused(x))
+    assert reference.relative_error(used(x).detach(), dense_of(used)(x).detach()) < 1e-6
 
 
-def test_autocast_runs_in_its_dtype():
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("before", [None, torch.float32, torch.bfloat16])
+def test_autocast_runs_in_its_dtype_whatever_ran_before(autocast, before):
     built = layer()
     x = torch.randn(7, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = built(x)
-    assert y.dtype == torch.float32
-    expected = layer(compute_dtype=torch.bfloat16)
+    plain = copy.deepcopy(built)(x)
+    expected = layer(compute_dtype=autocast)
     expected.load_state_dict(built.state_dict())
+    if before is not None:
+        built(x.to(before))
+    with torch.autocast("cpu", autocast):
+        y, halved = built(x), built(x.to(autocast))
+    assert y.dtype == torch.float32
     assert torch.equal(y, expected(x))
-    assert not torch.equal(built(x), y)
-    assert built.compute_dtype == torch.float32, "autocast does not decide for later inputs"
+    assert halved.dtype == autocast
+    assert torch.equal(halved, expected(x.to(autocast)))
+    assert not torch.equal(plain, y)
+    assert torch.equal(built(x), plain), "autocast does not decide for later inputs"
 
 
 @pytest.mark.parametrize("bias", [True, False])
