@@ -45,7 +45,7 @@ def replace_linear(
         quant_type: ``"nf4"`` or ``"fp4"``.
         blocksize: elements that share one scale: 32, 64, 128, … 4096.
         double_quant: quantize the scales as well: 0.516 bytes a weight instead of 0.563 at block size 64.
-        compute_dtype: dtype of the products; by default that of the inputs.
+        compute_dtype: dtype of the products; by default autocast's under autocast, else that of the inputs.
         skip: name patterns of layers to leave dense.
         targets: name patterns of the layers to replace; by default all.
         quant_storage: dtype that the packed bytes are viewed as (FSDP wants the other parameters' dtype).
