@@ -63,15 +63,23 @@ def logits(model, token_ids):
     return model.train()(token_ids).logits.detach()
 
 
-@pytest.fixture
-def dense(tmp_path):
+def make_dense(folder, kind="untied"):
     """A dense float32 checkpoint in several shards, whose layers' rows are whole blocks: bitsandbytes' CPU backend
     dequantizes others wrongly."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "max_position_embeddings": 64}
-    config = MistralConfig(vocab_size=96, num_attention_heads=4, num_key_value_heads=2, **sizes)
-    MistralForCausalLM(config).save_pretrained(tmp_path / "dense", max_shard_size="2MB")
-    return tmp_path / "dense"
+    sizes |= {"vocab_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if kind == "experts":
+        model = MixtralForCausalLM(MixtralConfig(num_local_experts=4, **sizes))
+    else:
+        model = MistralForCausalLM(MistralConfig(tie_word_embeddings=kind == "tied", **sizes))
+    model.save_pretrained(folder, max_shard_size="2MB")
+    return folder
+
+
+@pytest.fixture
+def dense(tmp_path):
+    return make_dense(tmp_path / "dense")
 
 
 def bitsandbytes_checkpoint(dense, folder, quant_type="nf4", nested=True, storage=torch.uint8, **options):
@@ -162,6 +170,31 @@ def test_bitsandbytes_loads_what_is_saved_for_it(dense, tmp_path, token_ids, qua
     for name, layer in layers(ours).items():
         assert torch.equal(theirs.get_submodule(name).weight.data, layer.weight.data), name
     torch.testing.assert_close(logits(ours, token_ids), logits(theirs, token_ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "experts"])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=["uint8", "bf16", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["in fp32", "in bf16"])
+@pytest.mark.parametrize("how", ["saved", "streamed"])
+def test_bitsandbytes_loads_any_storage_tied_embeddings_and_experts(tmp_path, token_ids, kind, storage, dtype, how):
+    source = make_dense(tmp_path / "dense", kind)
+    config = PyQuantConfig(quant_storage=storage, verbose=False)
+    ours = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=dtype)
+    if how == "saved":
+        pyquant.save_pretrained(ours, tmp_path / "bnb", format="bitsandbytes")
+    else:
+        pyquant.quantize_pretrained(source, tmp_path / "bnb", config, "bitsandbytes", dtype)
+    theirs = load_strictly(tmp_path / "bnb", device_map="cpu")
+    assert set(layers(theirs, bitsandbytes.nn.Linear4bit)) == set(layers(ours))
+    assert len(layers(ours)) == (8 if kind == "experts" else 14)
+    for name, layer in layers(ours).items():
+        weight = theirs.get_submodule(name).weight
+        assert weight.dtype == storage
+        assert torch.equal(raw(weight), raw(layer.weight)), name
+    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == (kind == "tied")
+    expected = logits(theirs, token_ids)
+    difference = (logits(ours, token_ids) - expected).abs().max()
+    assert difference <= expected.abs().max() * (2**-6 if dtype == torch.bfloat16 else 2**-16)
 
 
 def test_the_compute_dtype_is_written_out_for_bitsandbytes(dense, tmp_path):
