@@ -6,7 +6,7 @@ import os
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -46,7 +46,8 @@ def load_pretrained(name: str | os.PathLike, **options) -> "PreTrainedModel":
         The model of the class that the checkpoint names.
 
     Raises:
-        CheckpointError: the checkpoint is not in 4 bits, or in another format than pyquant's and bitsandbytes'.
+        CheckpointError: the checkpoint is not in 4 bits, in another format than pyquant's and bitsandbytes', or has
+            each expert's matrix in 4 bits by itself, as transformers stored them before version 5.
         RuntimeError: an entry of a 4-bit weight is missing or damaged; the log names it.
     """
     import transformers
@@ -138,8 +139,8 @@ def quantize_pretrained(
     """Makes a 4-bit checkpoint of a dense one without loading the model: its size is bounded by the disk alone.
 
     Tensors are read one at a time; in memory are one of them and one shard of the result. The checkpoint is that which
-    `save_pretrained` writes of the model that ``from_pretrained`` loads with `config`; whatever fails leaves no part of
-    it behind.
+    `save_pretrained` writes of the model that ``from_pretrained`` loads with `config`, but for layers whose weight that
+    splits or merges: they stay dense. If anything fails, no part of it is left.
 
     Args:
         name: folder or hub name of the dense model, in safetensors or torch files.
@@ -173,8 +174,9 @@ def quantize_pretrained(
         raise CheckpointError(f"{name} is stored quantized; give the 16-bit model")
     files = _weight_files(source)
     skeleton = _Skeleton(model_config, config, dtype)
-    names = {key: skeleton.rename(key) for key, _ in _tensors(files)}
-    packed = skeleton.quantized(names.values())
+    renamed = {key: skeleton.rename(key) for key, _ in _tensors(files)}
+    names = {key: name for key, (name, _) in renamed.items()}
+    packed = skeleton.quantized({name for name, merged in renamed.values() if not merged})
     entry = _entry(config, format, sorted(packed.values()), skeleton.dense, dtype or model_config.dtype)
     copies = _tied_copies(files, names, skeleton.tied)
 
@@ -315,11 +317,9 @@ class _Skeleton:
 
     def __init__(self, model_config: "PretrainedConfig", config: "PyQuantConfig", dtype: torch.dtype | None):
         import transformers
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
         from transformers.modeling_utils import local_torch_dtype
 
-        from pyquant.integrations.transformers import PyQuantQuantizer
+        from pyquant.integrations.transformers import PyQuantQuantizer, renaming
 
         self._dtype = dtype or model_config.dtype or torch.float32
         self._quantizer = PyQuantQuantizer(config, pre_quantized=False)
@@ -332,10 +332,7 @@ class _Skeleton:
             self.model.tie_weights()
             self._quantizer.update_dtype(self._dtype)
             self._quantizer.preprocess_model(self.model)
-        conversions = get_model_conversion_mapping(self.model)
-        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-        self._converted: set[str] = set()
+        self.rename = renaming(self.model)
         self._reasons = dict(self._quantizer._reasons)
         self._state = self.model.state_dict()
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -351,24 +348,13 @@ class _Skeleton:
         """The linear layers that are not to be quantized."""
         return [name for name, module in self.model.named_modules() if type(module) is torch.nn.Linear]
 
-    def rename(self, key: str) -> str:
-        """What the loader calls a checkpoint's tensor, or what it merges it into."""
-        from transformers.core_model_loading import rename_source_key
-
-        prefix = self.model.base_model_prefix
-        name, pattern = rename_source_key(key, self._renamings, self._converters, prefix, self._state)
-        if pattern is not None:
-            self._converted.add(name)
-        return name
-
-    def quantized(self, stored: Iterable[str]) -> dict[str, str]:
+    def quantized(self, stored: Collection[str]) -> dict[str, str]:
         """The layers to quantize, by the names of their weights. Those without a stored one are made dense again."""
-        whole = set(stored) - self._converted
         result = {}
         for name, layer in list(self.model.named_modules()):
             if not isinstance(layer, Linear4bit):
                 continue
-            if f"{name}.weight" in whole:
+            if f"{name}.weight" in stored:
                 result[f"{name}.weight"] = name
                 continue
             dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -144,6 +145,25 @@ def test_a_checkpoint_of_another_kind_is_refused(dense, tmp_path):
         (dense / "config.json").write_text(json.dumps({**config, "quantization_config": entry}))
         with pytest.raises(CheckpointError, match=f"was quantized by {named}; pyquant reads bitsandbytes' and its own"):
             pyquant.load_pretrained(dense)
+
+
+def test_experts_in_4_bits_by_themselves_are_refused(tmp_path, monkeypatch):
+    """As bitsandbytes and transformers before version 5 wrote them, when each expert's matrix was a linear layer."""
+    source = make_dense(tmp_path / "moe", "experts")
+    pyquant.quantize_pretrained(source, tmp_path / "packed", PyQuantConfig(), "bitsandbytes")
+    file = tmp_path / "packed" / "model.safetensors"
+    state = safetensors.torch.load_file(file)
+    for key in [key for key in state if ".experts." in key]:
+        state |= pyquant.pretrained._entries(key, pyquant.pretrained._packed(state[key], PyQuantConfig()))
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight.quant_state.bitsandbytes__nf4" in state
+    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+    monkeypatch.setattr(transformers.PreTrainedModel, "_load_pretrained_model", None)  # nothing is loaded
+    message = (
+        r"model\.layers\.0\.block_sparse_moe\.experts\.0\.w1\.weight is in 4 bits by itself.*"
+        r"part of model\.layers\.0\.mlp\.experts\.gate_up_proj.*quantization_config=pyquant\.PyQuantConfig\(\)"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        pyquant.load_pretrained(tmp_path / "packed")
 
 
 @each_type
