@@ -19,7 +19,9 @@ from transformers import (
     MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    conversion_mapping,
 )
+from transformers.core_model_loading import Chunk, WeightConverter
 
 import pyquant
 import pyquant.pretrained
@@ -405,6 +407,22 @@ def test_streaming_leaves_experts_and_says_so(tmp_path, token_ids):
     ours = load_strictly(tmp_path / "packed")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", quantization_config=PyQuantConfig(verbose=False))
     assert torch.equal(ours(token_ids).logits, loaded(token_ids).logits)
+
+
+def test_streaming_leaves_weights_that_loading_splits_and_says_so(dense, tmp_path, monkeypatch):
+    split = WeightConverter(r"mlp\.gate_up_proj\.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(0)])
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "MistralForCausalLM", [split])
+    file, state = one_file(dense)
+    for mlp in ("model.layers.0.mlp", "model.layers.1.mlp"):
+        parts = [state.pop(f"{mlp}.{name}_proj.weight") for name in ("gate", "up")]
+        state[f"{mlp}.gate_up_proj.weight"] = torch.cat(parts)
+    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+    *_, report = pyquant.quantize_pretrained(dense, tmp_path / "packed", PyQuantConfig(), "pyquant")
+    ours = load_strictly(tmp_path / "packed")
+    split_layers = {f"model.layers.{i}.mlp.{name}_proj" for i in range(2) for name in ("gate", "up")}
+    assert {entry.name for entry in report.dense if "not stored by itself" in entry.reason} == split_layers
+    assert len(layers(ours)) == 14 - 4
+    assert torch.equal(ours.model.layers[1].mlp.up_proj.weight, parts[1])
 
 
 def test_streaming_refuses_what_it_cannot_do(dense, tmp_path):
