@@ -312,7 +312,7 @@ class _Skeleton:
     """The model without weights, with the layers that the loader would quantize.
 
     The loader's own quantizer chooses them, so that streaming and loading leave the same layers dense. Its parameters,
-    on the meta device, follow what is written, so that the report adds up the checkpoint's bytes.
+    on the meta device, follow what is written, so that the report says what the checkpoint takes once it is loaded.
     """
 
     def __init__(self, model_config: "PretrainedConfig", config: "PyQuantConfig", dtype: torch.dtype | None):
