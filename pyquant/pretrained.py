@@ -1,20 +1,24 @@
 """4-bit checkpoints of whole models: read and written in bitsandbytes' format, and made without loading the model."""
 
+import contextlib
 import json
 import os
 import shutil
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pyquant.errors import CheckpointError
 from pyquant.nn import Linear4bit, Params4bit
-from pyquant.replace import refuse_adapters, why_dense
+from pyquant.replace import refuse_adapters
 from pyquant.report import QuantizationReport, survey
 
 if TYPE_CHECKING:
@@ -42,7 +46,8 @@ def load_pretrained(name: str | os.PathLike, **options) -> "PreTrainedModel":
         The model of the class that the checkpoint names.
 
     Raises:
-        CheckpointError: the checkpoint is not in 4 bits, or in another format than pyquant's and bitsandbytes'.
+        CheckpointError: the checkpoint is not in 4 bits, in another format than pyquant's and bitsandbytes', or has
+            each expert's matrix in 4 bits by itself, as transformers stored them before version 5.
         RuntimeError: an entry of a 4-bit weight is missing or damaged; the log names it.
     """
     import transformers
@@ -133,7 +138,9 @@ def quantize_pretrained(
 ) -> tuple[int, int, QuantizationReport]:
     """Makes a 4-bit checkpoint of a dense one without loading the model: its size is bounded by the disk alone.
 
-    Tensors are read one at a time; in memory are one of them and one shard of the result.
+    Tensors are read one at a time; in memory are one of them and one shard of the result. The checkpoint is that which
+    `save_pretrained` writes of the model that ``from_pretrained`` loads with `config`, but for layers whose weight that
+    splits or merges: they stay dense. If anything fails, no part of it is left.
 
     Args:
         name: folder or hub name of the dense model, in safetensors or torch files.
@@ -150,9 +157,10 @@ def quantize_pretrained(
 
     Raises:
         ValueError: another format, a folder that holds something, or a weight that holds NaN or infinity.
-        CheckpointError: the model is in 4 bits already, has no weights, or its layers cannot be told apart by
-            bitsandbytes.
-        OSError: there is no such model.
+        CheckpointError: the model is in 4 bits already, has no weights or files that cannot be read, or its layers
+            cannot be told apart by bitsandbytes.
+        OSError: there is no such model, or the result cannot be written.
+        safetensors.SafetensorError: a file of the result cannot be written.
     """
     import transformers
 
@@ -165,45 +173,46 @@ def quantize_pretrained(
     if getattr(model_config, "quantization_config", None) is not None:
         raise CheckpointError(f"{name} is stored quantized; give the 16-bit model")
     files = _weight_files(source)
-    skeleton, rename = _skeleton(model_config)
-    reasons = _dense_reasons(skeleton, config)
-    linears = {n for n, m in skeleton.named_modules() if type(m) is torch.nn.Linear and n not in reasons}
+    skeleton = _Skeleton(model_config, config, dtype)
+    renamed = {key: skeleton.rename(key) for key, _ in _tensors(files)}
+    names = {key: name for key, (name, _) in renamed.items()}
+    packed = skeleton.quantized({name for name, merged in renamed.values() if not merged})
+    entry = _entry(config, format, sorted(packed.values()), skeleton.dense, dtype or model_config.dtype)
+    copies = _tied_copies(files, names, skeleton.tied)
 
-    output.mkdir(parents=True, exist_ok=True)
-    shards = _Shards(output, max_shard_bytes)
-    before, packed = 0, set()
-    for key, read in _tensors(files):
-        tensor = read()
-        before += tensor.nbytes
-        if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        module = rename(key).removesuffix(".weight")
-        if module not in linears or not key.endswith(".weight"):
-            shards.add({key: tensor})
-            continue
-        try:
-            shards.add(_packed(key, tensor.to(device), config))
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{key}: {error}") from error
-        packed.add(module)
-    shards.finish()
-    for module in linears - packed:
-        reasons[module] = "its weight is not stored by itself"
+    with _undone_on_failure(output):
+        shards = _Shards(output, max_shard_bytes)
+        before = 0
+        for key, read in _tensors(files):
+            if key in copies:
+                continue
+            tensor = read()
+            before += tensor.nbytes
+            if dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(skeleton.dtype_of(names[key]))
+            if names[key] not in packed:
+                shards.add({key: tensor})
+                skeleton.put(names[key], tensor)
+                continue
+            try:
+                weight = _packed(tensor.to(device), config)
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(f"{key}: {error}") from error
+            shards.add(_entries(key, weight))
+            skeleton.put(names[key], weight)
+        shards.finish()
 
-    dense = [n for n, m in skeleton.named_modules() if type(m) is torch.nn.Linear and n not in packed]
-    model_config.quantization_config = _entry(config, format, sorted(packed), dense, dtype or model_config.dtype)
-    if dtype is not None:
-        model_config.dtype = dtype
-    model_config.architectures = model_config.architectures or [type(skeleton).__name__]
-    model_config.save_pretrained(output)
-    for file in sorted(Path(source).iterdir()):
-        if file.is_file() and file.suffix in (".json", ".model", ".txt", ".jinja", ".py") and not (
-            file.name == "config.json" or file.name.endswith(".index.json")
-        ):  # fmt: skip
-            shutil.copy(file, output)
-    for module in packed:
-        skeleton.set_submodule(module, _packed_on_meta(skeleton.get_submodule(module), config))
-    return before, shards.total, survey(skeleton, reasons)
+        model_config.quantization_config = entry
+        if dtype is not None:
+            model_config.dtype = dtype
+        model_config.architectures = model_config.architectures or [type(skeleton.model).__name__]
+        model_config.save_pretrained(output)
+        for file in sorted(Path(source).iterdir()):
+            if file.is_file() and file.suffix in (".json", ".model", ".txt", ".jinja", ".py") and not (
+                file.name == "config.json" or file.name.endswith(".index.json")
+            ):  # fmt: skip
+                shutil.copy(file, output)
+    return before, shards.total, skeleton.report()
 
 
 def _check_format(format: str) -> None:
@@ -257,78 +266,166 @@ def _weight_files(folder: str) -> list[Path]:
 def _tensors(files: list[Path]) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     """The names of all tensors in the files, and a function that reads each."""
     for file in files:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118  a safe_open is no dict
-                    yield key, lambda key=key, opened=opened: opened.get_tensor(key)
-        else:
-            state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            for key in state:
-                yield key, lambda key=key, state=state: state[key].contiguous()
+        with contextlib.ExitStack() as stack:
+            with _reading(file):
+                if file.suffix == ".safetensors":
+                    opened = stack.enter_context(safe_open(file, framework="pt"))
+                    reads = {key: partial(opened.get_tensor, key) for key in opened.keys()}  # noqa: SIM118  no dict
+                else:
+                    # What torch wrote before version 1.6 is no zip file, and cannot be mapped.
+                    mapped = zipfile.is_zipfile(file)
+                    state = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+                    reads = {key: tensor.contiguous for key, tensor in state.items()}
+            for key, read in reads.items():
+                yield key, _reading(file)(read)
 
 
-def _skeleton(config: "PretrainedConfig") -> tuple["PreTrainedModel", Callable[[str], str]]:
-    """The model without weights, and what turns a checkpoint's key into the model's."""
-    import transformers
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    cls = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        model = cls(config) if cls is not None else transformers.AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-
-    def rename(key: str) -> str:
-        renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        return "" if pattern is not None else renamed  # merged or split on loading: no layer's weight as it is
-
-    return model, rename
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise CheckpointError(f"{file} cannot be read ({reason}); fetch the model again") from error
 
 
-def _dense_reasons(model: "PreTrainedModel", config: "PyQuantConfig") -> dict[str, str]:
-    from transformers.quantizers.base import get_keys_to_not_convert
+@contextlib.contextmanager
+def _undone_on_failure(folder: Path) -> Iterator[None]:
+    """Makes a folder, and takes away what was written into it and itself unless all went well.
 
-    skip = get_keys_to_not_convert(model) if config.skip is None else config.skip
-    reasons = {
-        name: why_dense([name], skip, config.targets)
-        for name, module in model.named_modules()
-        if type(module) is torch.nn.Linear
-    }
-    return {name: reason for name, reason in reasons.items() if reason is not None}
+    If it was there, it was empty, and stays so.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:  # Ctrl-C too
+        with contextlib.suppress(OSError):  # the first failure is the one to tell
+            for file in folder.iterdir():
+                file.unlink()
+            for path in made:
+                path.rmdir()
+        raise
 
 
-def _packed(key: str, weight: torch.Tensor, config: "PyQuantConfig") -> dict[str, torch.Tensor]:
-    """The entries of one quantized weight."""
-    parameter = Params4bit(
+class _Skeleton:
+    """The model without weights, with the layers that the loader would quantize.
+
+    The loader's own quantizer chooses them, so that streaming and loading leave the same layers dense. Its parameters,
+    on the meta device, follow what is written, so that the report says what the checkpoint takes once it is loaded.
+    """
+
+    def __init__(self, model_config: "PretrainedConfig", config: "PyQuantConfig", dtype: torch.dtype | None):
+        import transformers
+        from transformers.modeling_utils import local_torch_dtype
+
+        from pyquant.integrations.transformers import PyQuantQuantizer, renaming
+
+        self._dtype = dtype or model_config.dtype or torch.float32
+        self._quantizer = PyQuantQuantizer(config, pre_quantized=False)
+        cls = getattr(transformers, (model_config.architectures or [""])[0], None)
+        with torch.device("meta"), local_torch_dtype(self._dtype):
+            if cls is not None:
+                self.model = cls(model_config)
+            else:
+                self.model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=self._dtype)
+            self.model.tie_weights()
+            self._quantizer.update_dtype(self._dtype)
+            self._quantizer.preprocess_model(self.model)
+        self.rename = renaming(self.model)
+        self._reasons = dict(self._quantizer._reasons)
+        self._state = self.model.state_dict()
+        self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self._written: dict[int, str] = {}
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Names of weights that are tied to others, and those others."""
+        return self.model.all_tied_weights_keys
+
+    @property
+    def dense(self) -> list[str]:
+        """The linear layers that are not to be quantized."""
+        return [name for name, module in self.model.named_modules() if type(module) is torch.nn.Linear]
+
+    def quantized(self, stored: Collection[str]) -> dict[str, str]:
+        """The layers to quantize, by the names of their weights. Those without a stored one are made dense again."""
+        result = {}
+        for name, layer in list(self.model.named_modules()):
+            if not isinstance(layer, Linear4bit):
+                continue
+            if f"{name}.weight" in stored:
+                result[f"{name}.weight"] = name
+                continue
+            dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            dense.weight, dense.bias = torch.nn.Parameter(layer.weight.data, requires_grad=False), layer.bias
+            self.model.set_submodule(name, dense)
+            self._parameters[f"{name}.weight"] = dense.weight
+            self._reasons[name] = "its weight is not stored by itself"
+        return result
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype to which the loader would cast a tensor, which is not the model's for what it keeps in float32."""
+        return self._quantizer.dtype_of(self.model, name) if name in self._state else self._dtype
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Takes note of what was written for a parameter: its kind and size, not its data."""
+        parameter = self._parameters.get(name)
+        if parameter is None:
+            return
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        if isinstance(tensor, Params4bit):
+            tensor.quant_state.to("meta")
+            module.weight = tensor.to("meta")
+            return
+        if self._written.setdefault(id(parameter), name) != name:
+            # Tied by the configuration, but stored with another value than its twin: the loader does not tie them.
+            parameter = torch.nn.Parameter(parameter.data, requires_grad=False)
+            setattr(module, name.rpartition(".")[2], parameter)
+        parameter.data = parameter.data.to(tensor.dtype)
+
+    def report(self) -> QuantizationReport:
+        return survey(self.model, self._reasons)
+
+
+def _tied_copies(files: list[Path], names: dict[str, str], tied: dict[str, str]) -> set[str]:
+    """The keys of tensors that equal the one they are tied to, which is stored as well.
+
+    The loader ties them, and saving the model then writes one of them; where they differ it does not tie them.
+    """
+    sources = set(tied.values())
+    found: dict[str, dict[str, tuple[str, torch.Tensor]]] = {}
+    for key, read in _tensors(files) if sources else ():
+        source = tied.get(names[key], names[key])
+        if source in sources:
+            found.setdefault(source, {})[names[key]] = key, read()
+    copies = set()
+    for source, members in found.items():
+        kept, *others = sorted(members, key=lambda name: name != source)
+        weight = members[kept][1]
+        for key, other in (members[name] for name in others):
+            if other.dtype == weight.dtype and torch.equal(other, weight):
+                copies.add(key)
+    return copies
+
+
+def _packed(weight: torch.Tensor, config: "PyQuantConfig") -> Params4bit:
+    return Params4bit(
         weight,
         blocksize=config.blocksize,
         compress_statistics=config.double_quant,
         quant_type=config.quant_type,
         quant_storage=config.quant_storage,
     )._quantize(weight.device)
-    statistics = parameter.quant_state.as_dict(packed=True)
+
+
+def _entries(key: str, weight: Params4bit) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a 4-bit weight."""
+    statistics = weight.quant_state.as_dict(packed=True)
     return {
-        key: parameter.data.cpu(),
+        key: weight.data.cpu(),
         **{f"{key}.{name}": value.cpu().contiguous() for name, value in statistics.items()},
     }
-
-
-def _packed_on_meta(module: torch.nn.Linear, config: "PyQuantConfig") -> Linear4bit:
-    layer = Linear4bit(
-        module.in_features,
-        module.out_features,
-        bias=module.bias is not None,
-        compress_statistics=config.double_quant,
-        quant_type=config.quant_type,
-        device="meta",
-        blocksize=config.blocksize,
-    )
-    layer.weight.data = layer.weight.data.new_empty(((module.weight.numel() + 1) // 2, 1), dtype=torch.uint8)
-    return layer
 
 
 class _Shards:
@@ -340,6 +437,7 @@ class _Shards:
         self._limit = limit
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
+        self._pending_memory: set[int] = set()
         self._written: list[list[str]] = []
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -347,7 +445,11 @@ class _Shards:
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         if self._pending and self._pending_bytes + nbytes > self._limit:
             self._write()
-        self._pending.update(tensors)
+        for key, tensor in tensors.items():
+            memory = tensor.untyped_storage().data_ptr()
+            # Those of a torch file may share memory, which safetensors refuses.
+            self._pending[key] = tensor.clone() if memory in self._pending_memory else tensor
+            self._pending_memory.add(memory)
         self._pending_bytes += nbytes
         self.total += nbytes
 
@@ -370,7 +472,7 @@ class _Shards:
     def _write(self) -> None:
         save_file(self._pending, self._temporary(len(self._written)), metadata={"format": "pt"})
         self._written.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+        self._pending, self._pending_bytes, self._pending_memory = {}, 0, set()
 
     def _temporary(self, index: int) -> Path:
         return self._folder / f"part-{index:05}.safetensors"

@@ -13,12 +13,13 @@ __all__ = ["ModuleReport", "QuantizationReport", "survey"]
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One module that holds weights of its own.
+    """One module that holds weights.
 
     Attributes:
         name: of the module, or of the parameter where a module holds several matrices by itself, as experts do.
         kind: the module's class, with the shape for expert parameters.
-        parameters: how many weights it holds, before they were packed.
+        parameters: how many weights it holds, before they were packed. What it shares with a module before it counts
+            there, so that neither sum counts anything twice.
         nbytes: bytes that they take now, statistics included.
         quantized: whether they are in 4 bits.
         reason: how they were quantized, or why they were not.
@@ -68,6 +69,7 @@ class QuantizationReport(list[ModuleReport]):
 _EXPERTS = "expert matrices in one parameter, not a linear layer; they cannot be quantized yet"
 _STACK = "a stack of matrices in one parameter, not a linear layer"
 _NO_MATRIX = "no matrix"
+_TIED = "its weight is tied to"
 # Unlike type(module) is Linear: a subclass may have another forward, or be read by its owner without one.
 _SUBCLASS = "a subclass of Linear with a forward of its own"
 
@@ -77,46 +79,50 @@ def survey(model: torch.nn.Module, reasons: Mapping[str, str] | None = None) -> 
 
     Args:
         model: any module, before or after quantization.
-        reasons: why linear layers were left dense, by their names.
+        reasons: why linear layers were left dense, by their names. That a weight is tied to one before it goes first.
     """
     reasons = reasons or {}
     report = QuantizationReport()
-    seen: set[int] = set()
+    owners: dict[int, str] = {}  # the first name of each parameter
     for name, module in model.named_modules():
-        own = [
-            (key, p) for key, p in module._parameters.items() if p is not None and id(p) not in seen  # tied ones once
-        ]  # fmt: skip
-        seen.update(id(p) for _, p in own)
-        if not own:
+        held = {key: p for key, p in module._parameters.items() if p is not None}
+        if not held:
             continue
+        own = {key: p for key, p in held.items() if id(p) not in owners}
+        tied = next((owners[id(p)] for p in held.values() if id(p) in owners and p.dim() >= 2), None)
         if isinstance(module, Linear4bit):
-            report.append(_of_linear_4bit(name, module))
-            continue
-        stacks = [(key, p) for key, p in own if p.dim() >= 3 and not _is_convolution(module)]
-        for key, p in stacks:
-            kind = f"{type(module).__name__} {'×'.join(map(str, p.shape))}"
-            reason = _EXPERTS if "expert" in f"{name} {type(module).__name__}".lower() else _STACK
-            report.append(ModuleReport(f"{name}.{key}".lstrip("."), kind, p.numel(), p.nbytes, False, reason))
-        others = [p for _, p in own if not any(p is stacked for _, stacked in stacks)]
-        if others:
-            parameters, nbytes = sum(p.numel() for p in others), sum(p.nbytes for p in others)
-            reason = reasons.get(name) or _reason(module, others)
-            report.append(ModuleReport(name, type(module).__name__, parameters, nbytes, False, reason))
+            report.append(_of_linear_4bit(name, module, own, tied))
+        else:
+            report.extend(_of_dense(name, module, own, tied, reasons.get(name)))
+        owners.update((id(p), f"{name}.{key}".lstrip(".").removesuffix(".weight")) for key, p in own.items())
     return report
 
 
-def _of_linear_4bit(name: str, layer: Linear4bit) -> ModuleReport:
+def _of_linear_4bit(name: str, layer: Linear4bit, own: Mapping[str, torch.Tensor], tied: str | None) -> ModuleReport:
     weight, state = layer.weight, layer.weight.quant_state or layer.quant_state
-    bias = 0 if layer.bias is None else layer.bias.nbytes
+    parameters, nbytes = sum(p.numel() for p in own.values()), sum(p.nbytes for p in own.values())
+    if "weight" in own:
+        parameters += layer.in_features * layer.out_features - weight.numel()
+        nbytes += state.nbytes() if state is not None else 0
     nested = ", double quantization" if weight.compress_statistics else ""
-    return ModuleReport(
-        name,
-        type(layer).__name__,
-        layer.in_features * layer.out_features + (0 if layer.bias is None else layer.bias.numel()),
-        weight.nbytes + bias + (state.nbytes() if state is not None else 0),
-        True,
-        f"{weight.quant_type}, blocks of {weight.blocksize}{nested}",
-    )
+    shared = f"; {_TIED} {tied}" if tied is not None else ""
+    reason = f"{weight.quant_type}, blocks of {weight.blocksize}{nested}{shared}"
+    return ModuleReport(name, type(layer).__name__, parameters, nbytes, True, reason)
+
+
+def _of_dense(
+    name: str, module: torch.nn.Module, own: Mapping[str, torch.Tensor], tied: str | None, reason: str | None
+) -> Iterator[ModuleReport]:
+    stacks = {key: p for key, p in own.items() if p.dim() >= 3 and not _is_convolution(module)}
+    for key, p in stacks.items():
+        kind = f"{type(module).__name__} {'×'.join(map(str, p.shape))}"
+        why = _EXPERTS if "expert" in f"{name} {type(module).__name__}".lower() else _STACK
+        yield ModuleReport(f"{name}.{key}".lstrip("."), kind, p.numel(), p.nbytes, False, why)
+    others = [p for key, p in own.items() if key not in stacks]
+    if others or not stacks:
+        parameters, nbytes = sum(p.numel() for p in others), sum(p.nbytes for p in others)
+        reason = f"{_TIED} {tied}" if tied is not None else reason or _reason(module, others)
+        yield ModuleReport(name, type(module).__name__, parameters, nbytes, False, reason)
 
 
 def _reason(module: torch.nn.Module, parameters: list[torch.Tensor]) -> str:

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -16,7 +17,11 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    conversion_mapping,
 )
+from transformers.core_model_loading import Chunk, WeightConverter
 
 import pyquant
 import pyquant.pretrained
@@ -61,15 +66,23 @@ def logits(model, token_ids):
     return model.train()(token_ids).logits.detach()
 
 
-@pytest.fixture
-def dense(tmp_path):
+def make_dense(folder, kind="untied"):
     """A dense float32 checkpoint in several shards, whose layers' rows are whole blocks: bitsandbytes' CPU backend
     dequantizes others wrongly."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "max_position_embeddings": 64}
-    config = MistralConfig(vocab_size=96, num_attention_heads=4, num_key_value_heads=2, **sizes)
-    MistralForCausalLM(config).save_pretrained(tmp_path / "dense", max_shard_size="2MB")
-    return tmp_path / "dense"
+    sizes |= {"vocab_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if kind == "experts":
+        model = MixtralForCausalLM(MixtralConfig(num_local_experts=4, **sizes))
+    else:
+        model = MistralForCausalLM(MistralConfig(tie_word_embeddings=kind == "tied", **sizes))
+    model.save_pretrained(folder, max_shard_size="2MB")
+    return folder
+
+
+@pytest.fixture
+def dense(tmp_path):
+    return make_dense(tmp_path / "dense")
 
 
 def bitsandbytes_checkpoint(dense, folder, quant_type="nf4", nested=True, storage=torch.uint8, **options):
@@ -136,6 +149,25 @@ def test_a_checkpoint_of_another_kind_is_refused(dense, tmp_path):
             pyquant.load_pretrained(dense)
 
 
+def test_experts_in_4_bits_by_themselves_are_refused(tmp_path, monkeypatch):
+    """As bitsandbytes and transformers before version 5 wrote them, when each expert's matrix was a linear layer."""
+    source = make_dense(tmp_path / "moe", "experts")
+    pyquant.quantize_pretrained(source, tmp_path / "packed", PyQuantConfig(), "bitsandbytes")
+    file = tmp_path / "packed" / "model.safetensors"
+    state = safetensors.torch.load_file(file)
+    for key in [key for key in state if ".experts." in key]:
+        state |= pyquant.pretrained._entries(key, pyquant.pretrained._packed(state[key], PyQuantConfig()))
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight.quant_state.bitsandbytes__nf4" in state
+    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+    monkeypatch.setattr(transformers.PreTrainedModel, "_load_pretrained_model", None)  # nothing is loaded
+    message = (
+        r"model\.layers\.0\.block_sparse_moe\.experts\.0\.w1\.weight is in 4 bits by itself.*"
+        r"part of model\.layers\.0\.mlp\.experts\.gate_up_proj.*quantization_config=pyquant\.PyQuantConfig\(\)"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        pyquant.load_pretrained(tmp_path / "packed")
+
+
 @each_type
 @nested_or_not
 @pytest.mark.parametrize("blocksize", [64, 256])
@@ -160,6 +192,31 @@ def test_bitsandbytes_loads_what_is_saved_for_it(dense, tmp_path, token_ids, qua
     for name, layer in layers(ours).items():
         assert torch.equal(theirs.get_submodule(name).weight.data, layer.weight.data), name
     torch.testing.assert_close(logits(ours, token_ids), logits(theirs, token_ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "experts"])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=["uint8", "bf16", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["in fp32", "in bf16"])
+@pytest.mark.parametrize("how", ["saved", "streamed"])
+def test_bitsandbytes_loads_any_storage_tied_embeddings_and_experts(tmp_path, token_ids, kind, storage, dtype, how):
+    source = make_dense(tmp_path / "dense", kind)
+    config = PyQuantConfig(quant_storage=storage, verbose=False)
+    ours = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=dtype)
+    if how == "saved":
+        pyquant.save_pretrained(ours, tmp_path / "bnb", format="bitsandbytes")
+    else:
+        pyquant.quantize_pretrained(source, tmp_path / "bnb", config, "bitsandbytes", dtype)
+    theirs = load_strictly(tmp_path / "bnb", device_map="cpu")
+    assert set(layers(theirs, bitsandbytes.nn.Linear4bit)) == set(layers(ours))
+    assert len(layers(ours)) == (8 if kind == "experts" else 14)
+    for name, layer in layers(ours).items():
+        weight = theirs.get_submodule(name).weight
+        assert weight.dtype == storage
+        assert torch.equal(raw(weight), raw(layer.weight)), name
+    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == (kind == "tied")
+    expected = logits(theirs, token_ids)
+    difference = (logits(ours, token_ids) - expected).abs().max()
+    assert difference <= expected.abs().max() * (2**-6 if dtype == torch.bfloat16 else 2**-16)
 
 
 def test_the_compute_dtype_is_written_out_for_bitsandbytes(dense, tmp_path):
@@ -203,38 +260,111 @@ def test_what_cannot_be_saved_is_refused(dense, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("format", ["pyquant", "bitsandbytes"])
+def in_torch_file(folder, state, **options):
+    """Stores a checkpoint's weights as torch.save does: tensors that share memory are one there."""
+    for file in folder.glob("model*"):
+        file.unlink()
+    torch.save(state, folder / "pytorch_model.bin", **options)
+
+
+def assert_streaming_is_loading_and_saving(source, folder, config, format, dtype, cls=AutoModelForCausalLM, **options):
+    """The same tensors, configuration and report. Returns the model that was loaded and saved."""
+    before, after, report = pyquant.quantize_pretrained(source, folder / "streamed", config, format, dtype, **options)
+    model = cls.from_pretrained(source, quantization_config=config, dtype=dtype or torch.float32)
+    pyquant.save_pretrained(model, folder / "saved", format)
+    streamed = weights(folder / "streamed")
+    assert_same_tensors(streamed, weights(folder / "saved"))
+    assert after == sum(tensor.nbytes for tensor in streamed.values())
+    assert before == 4 * model.num_parameters()
+    ours, theirs = (json.loads((folder / name / "config.json").read_text()) for name in ("streamed", "saved"))
+    assert ours == theirs
+    assert list(report) == list(model.quantization_report)
+    assert {entry.name for entry in report.quantized} == set(layers(model))
+    again, info = cls.from_pretrained(folder / "streamed", output_loading_info=True, device_map="cpu")
+    assert not any(info.values()), info
+    kind = Linear4bit if format == "pyquant" else bitsandbytes.nn.Linear4bit
+    assert set(layers(again, kind)) == set(layers(model))
+    return model
+
+
+each_format = pytest.mark.parametrize("format", ["pyquant", "bitsandbytes"])
+
+
+@each_format
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("stored", ["safetensors", "torch"])
 def test_streaming_writes_what_loading_and_saving_writes(dense, tmp_path, token_ids, format, dtype, stored):
     if stored == "torch":
-        state = weights(dense)
-        for file in dense.glob("model*"):
-            file.unlink()
-        torch.save(state, dense / "pytorch_model.bin")
+        in_torch_file(dense, weights(dense))
     (dense / "tokenizer_config.json").write_text("{}")
     config = PyQuantConfig("fp4", 128, False, skip=["lm_head", "layers.1.mlp"], verbose=False)
-    before, after, report = pyquant.quantize_pretrained(
-        dense, tmp_path / "streamed", config, format, dtype, max_shard_bytes=300_000
-    )
-    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, dtype=dtype or torch.float32)
-    pyquant.save_pretrained(model, tmp_path / "saved", format)
+    model = assert_streaming_is_loading_and_saving(dense, tmp_path, config, format, dtype, max_shard_bytes=300_000)
     assert len(list((tmp_path / "streamed").glob("model-*.safetensors"))) > 1
     assert not list((tmp_path / "streamed").glob("part-*"))
-    streamed = weights(tmp_path / "streamed")
-    assert_same_tensors(streamed, weights(tmp_path / "saved"))
-    assert after == sum(tensor.nbytes for tensor in streamed.values())
-    assert before == 4 * model.num_parameters()
-    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("streamed", "saved"))
-    assert ours == theirs
     assert (tmp_path / "streamed" / "tokenizer_config.json").exists()
     assert (tmp_path / "streamed" / "generation_config.json").exists()
     again = load_strictly(tmp_path / "streamed", device_map="cpu")
     torch.testing.assert_close(
         logits(again, token_ids), logits(model, token_ids), rtol=2e-2, atol=2e-2 if dtype else 1e-5
     )
-    assert {entry.name for entry in report.quantized} == set(layers(model))
-    assert {entry.name for entry in report.dense} == {entry.name for entry in model.quantization_report.dense}
+
+
+@each_format
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_streaming_keeps_in_float32_what_the_model_keeps(tmp_path, format, dtype):
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    T5ForConditionalGeneration(T5Config(vocab_size=96, **sizes)).save_pretrained(tmp_path / "t5")
+    config = PyQuantConfig(verbose=False)
+    model = assert_streaming_is_loading_and_saving(
+        tmp_path / "t5", tmp_path, config, format, dtype, T5ForConditionalGeneration
+    )
+    assert len(layers(model)) == 28
+    reasons = {entry.name: entry.reason for entry in model.quantization_report.dense}
+    assert reasons["encoder.block.0.layer.1.DenseReluDense.wo"] == "the model keeps it in float32"
+    assert weights(tmp_path / "streamed")["encoder.block.0.layer.1.DenseReluDense.wo.weight"].dtype == torch.float32
+
+
+def test_streaming_casts_to_the_dtypes_of_loading(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(MistralForCausalLM, "_keep_in_fp32_modules_strict", ["norm", "v_proj"])
+    config = PyQuantConfig(verbose=False)
+    assert_streaming_is_loading_and_saving(dense, tmp_path, config, "pyquant", torch.bfloat16)
+    streamed = weights(tmp_path / "streamed")
+    assert streamed["model.norm.weight"].dtype == torch.float32
+    assert streamed["lm_head.weight"].dtype == torch.bfloat16
+
+
+@each_format
+@pytest.mark.parametrize("skip", [None, []], ids=["default skip", "no skip"])
+@pytest.mark.parametrize("stored", ["once", "twice", "torch", "different"])
+def test_streaming_ties_what_loading_ties(tiny_mistral, tmp_path, format, skip, stored):
+    tiny_mistral.config.tie_word_embeddings = True
+    tiny_mistral.tie_weights()
+    tiny_mistral.save_pretrained(tmp_path / "tied")
+    state = tiny_mistral.state_dict()
+    if stored == "torch":
+        in_torch_file(tmp_path / "tied", state)
+    elif stored != "once":
+        state["lm_head.weight"] = state["lm_head.weight"] + (stored == "different")
+        safetensors.torch.save_file(state, tmp_path / "tied" / "model.safetensors", metadata={"format": "pt"})
+    config = PyQuantConfig(skip=skip, verbose=False)
+    model = assert_streaming_is_loading_and_saving(tmp_path / "tied", tmp_path, config, format, None)
+    head = model.quantization_report[-1]
+    if stored == "different":
+        assert head.nbytes == 4 * 96 * 64
+    else:
+        assert (head.name, head.nbytes, head.reason) == ("lm_head", 0, "its weight is tied to model.embed_tokens")
+        assert "lm_head.weight" not in weights(tmp_path / "streamed")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_streaming_gives_tensors_of_one_memory_their_own(dense, tmp_path, zipped):
+    state = weights(dense)
+    state["model.norm.weight"] = state["model.layers.0.input_layernorm.weight"]
+    in_torch_file(dense, state, _use_new_zipfile_serialization=zipped)
+    pyquant.quantize_pretrained(dense, tmp_path / "streamed", PyQuantConfig(), "pyquant")
+    again = load_strictly(tmp_path / "streamed").state_dict()
+    for name in ("model.norm.weight", "model.layers.0.input_layernorm.weight", "lm_head.weight"):
+        assert torch.equal(again[name], state[name])
 
 
 def test_streaming_holds_one_tensor_and_one_file(dense, tmp_path, monkeypatch):
@@ -279,6 +409,22 @@ def test_streaming_leaves_experts_and_says_so(tmp_path, token_ids):
     assert torch.equal(ours(token_ids).logits, loaded(token_ids).logits)
 
 
+def test_streaming_leaves_weights_that_loading_splits_and_says_so(dense, tmp_path, monkeypatch):
+    split = WeightConverter(r"mlp\.gate_up_proj\.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(0)])
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "MistralForCausalLM", [split])
+    file, state = one_file(dense)
+    for mlp in ("model.layers.0.mlp", "model.layers.1.mlp"):
+        parts = [state.pop(f"{mlp}.{name}_proj.weight") for name in ("gate", "up")]
+        state[f"{mlp}.gate_up_proj.weight"] = torch.cat(parts)
+    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+    *_, report = pyquant.quantize_pretrained(dense, tmp_path / "packed", PyQuantConfig(), "pyquant")
+    ours = load_strictly(tmp_path / "packed")
+    split_layers = {f"model.layers.{i}.mlp.{name}_proj" for i in range(2) for name in ("gate", "up")}
+    assert {entry.name for entry in report.dense if "not stored by itself" in entry.reason} == split_layers
+    assert len(layers(ours)) == 14 - 4
+    assert torch.equal(ours.model.layers[1].mlp.up_proj.weight, parts[1])
+
+
 def test_streaming_refuses_what_it_cannot_do(dense, tmp_path):
     config = PyQuantConfig()
     (tmp_path / "full").mkdir()
@@ -290,13 +436,76 @@ def test_streaming_refuses_what_it_cannot_do(dense, tmp_path):
     pyquant.quantize_pretrained(dense, tmp_path / "packed", config)
     with pytest.raises(CheckpointError, match="packed is stored quantized; give the 16-bit model"):
         pyquant.quantize_pretrained(tmp_path / "packed", tmp_path / "new", config)
-    state = weights(dense)
     for file in dense.glob("model*"):
         file.unlink()
     with pytest.raises(CheckpointError, match=r"has no model\.safetensors and"):
         pyquant.quantize_pretrained(dense, tmp_path / "new", config)
-    key = "model.layers.0.mlp.up_proj.weight"
-    state[key][3, 3] = float("inf")
+    assert not (tmp_path / "new").exists()
+
+
+def one_file(dense):
+    """Puts a checkpoint's weights into one file; returns it, and them."""
+    state = weights(dense)
+    for file in dense.glob("model*"):
+        file.unlink()
     safetensors.torch.save_file(state, dense / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"{key}: .*NaN or infinity"):
-        pyquant.quantize_pretrained(dense, tmp_path / "new", config)
+    return dense / "model.safetensors", state
+
+
+def infinite(dense):
+    file, state = one_file(dense)
+    state["model.layers.1.mlp.up_proj.weight"][3, 3] = float("inf")
+    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+
+
+def truncated(dense):
+    file, _ = one_file(dense)
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def truncated_torch_file(dense):
+    in_torch_file(dense, weights(dense))
+    file = dense / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def missing(dense):
+    min(dense.glob("model-*.safetensors")).unlink()
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new folder", "empty folder"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (infinite, r"model\.layers\.1\.mlp\.up_proj\.weight: .*NaN or infinity"),
+        (truncated, r"model\.safetensors cannot be read \(.*\); fetch the model again"),
+        (truncated_torch_file, r"pytorch_model\.bin cannot be read \(.*\); fetch the model again"),
+        (missing, r"model-00001-of-.*\.safetensors cannot be read \(No such file .*\); fetch the model again"),
+    ],
+    ids=["infinite", "truncated", "truncated torch file", "missing"],
+)
+def test_streaming_that_fails_leaves_nothing(dense, tmp_path, damage, message, there):
+    damage(dense)
+    new = tmp_path / "over" / "new"
+    if there:
+        new.mkdir(parents=True)
+    with pytest.raises(ValueError, match=message):
+        pyquant.quantize_pretrained(dense, new, PyQuantConfig(), max_shard_bytes=300_000)
+    assert list(tmp_path.rglob("over*")) == ([tmp_path / "over"] if there else [])
+    if there:
+        assert list(new.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(dense, tmp_path, monkeypatch):
+    save, saved = pyquant.pretrained.save_file, []
+
+    def save_two(*args, **kwargs):
+        if len(saved) == 2:
+            raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device")
+        saved.append(save(*args, **kwargs))
+
+    monkeypatch.setattr(pyquant.pretrained, "save_file", save_two)
+    with pytest.raises(safetensors.SafetensorError, match="No space left"):
+        pyquant.quantize_pretrained(dense, tmp_path / "new", PyQuantConfig(), max_shard_bytes=300_000)
+    assert len(saved) == 2
+    assert not (tmp_path / "new").exists()

@@ -345,6 +345,36 @@ def test_the_report_holds_every_module_with_weights(tiny_mistral):
     assert not hasattr(pyquant.dequantize_linear(tiny_mistral), "quantization_report")
 
 
+def test_the_report_holds_what_is_tied_to_another(tiny_mistral, capsys):
+    tiny_mistral.config.tie_word_embeddings = True
+    tiny_mistral.tie_weights()
+    total = sum(p.numel() for p in tiny_mistral.parameters())
+    report = pyquant.replace_linear(tiny_mistral).quantization_report
+    line = "left dense: lm_head (Linear, 0.0 MiB): its weight is tied to model.embed_tokens\n"
+    assert line in capsys.readouterr().out
+    assert sum(entry.parameters for entry in report) == total
+    head = report[-1]
+    assert (head.name, head.kind, head.parameters, head.nbytes, head.quantized) == ("lm_head", "Linear", 0, 0, False)
+
+
+def test_the_report_counts_shared_parts_once():
+    packed, dense = ([torch.nn.Linear(64, 64) for _ in range(2)] for _ in range(2))
+    norms = [torch.nn.LayerNorm(64) for _ in range(2)]
+    packed[1].weight, dense[1].weight = packed[0].weight, dense[0].weight
+    norms[1].weight, norms[1].bias = norms[0].weight, norms[0].bias
+    model = torch.nn.ModuleList([*packed, *dense, *norms])
+    total = sum(p.numel() for p in model.parameters())
+    report = replace(model, skip=("2", "3")).quantization_report
+    assert [entry.name for entry in report] == ["0", "1", "2", "3", "4", "5"]
+    assert [entry.parameters for entry in report] == [64 * 65, 64, 64 * 65, 64, 128, 0]
+    assert sum(entry.parameters for entry in report) == total
+    state = model[0].weight.quant_state
+    assert [entry.nbytes for entry in report][:2] == [model[0].weight.nbytes + state.nbytes() + 4 * 64, 4 * 64]
+    assert report[1].quantized
+    assert report[1].reason == "nf4, blocks of 64, double quantization; its weight is tied to 0"
+    assert [report[i].reason for i in (3, 5)] == ["its weight is tied to 2", "no matrix"]
+
+
 def test_what_cannot_be_quantized_is_named_with_its_size(capsys):
     class Experts(torch.nn.Module):
         def __init__(self):

@@ -6,11 +6,19 @@ a 4-bit checkpoint, its entries to `ReadPacked`): at no time is there more than 
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.core_model_loading import ConversionOps, WeightConverter, build_glob_alternation
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    rename_source_key,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -249,6 +257,8 @@ class PyQuantQuantizer(HfQuantizer):
         tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
         compute_dtype = config.compute_dtype or (dtype if dtype in (torch.float16, torch.bfloat16) else None)
         stored = _stored_in_4_bits(checkpoint_files) if self.pre_quantized else None
+        if stored is not None:
+            _refuse_merging_packed(model, stored)
         self._reasons = {}
         linears = {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}
         self._unmatched = [p for p in config.skip or () if not any(config.skips(name, p) for name in linears)]
@@ -386,6 +396,34 @@ def _stored_in_4_bits(files: list[str] | None) -> dict[str, bool]:
     return {
         key.removesuffix(".weight"): key.removesuffix(".weight") in packed for key in keys if key.endswith(".weight")
     }
+
+
+def renaming(model) -> Callable[[str], tuple[str, bool]]:
+    """What turns a checkpoint's key into the model's, as the loader does, and says whether the tensor becomes a part of
+    that parameter, or several, instead of the whole."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+
+    def rename(key: str) -> tuple[str, bool]:
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        return name, pattern is not None
+
+    return rename
+
+
+def _refuse_merging_packed(model, stored: dict[str, bool]) -> None:
+    """Raises CheckpointError for a packed weight that the model holds in one parameter with others, as experts are."""
+    rename = renaming(model)
+    for name in sorted(name for name, packed in stored.items() if packed):
+        target, merged = rename(f"{name}.weight")
+        if merged:
+            raise CheckpointError(
+                f"{name}.weight is in 4 bits by itself, as older versions of transformers stored experts; here it is "
+                f"part of {target}, which cannot be put together from 4-bit matrices. Quantize the 16-bit model "
+                f"instead: load it with quantization_config=pyquant.PyQuantConfig()"
+            )
 
 
 def _is_first_process() -> bool:

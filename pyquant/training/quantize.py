@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 import pyquant
 from pyquant.report import QuantizationReport
@@ -31,7 +32,8 @@ def quantize(
 
     Raises:
         ConfigError: ``output`` holds something.
-        ModelError: the model is missing, stored quantized already, or a weight cannot be quantized.
+        ModelError: the model is missing, stored quantized already or cannot be read, a weight cannot be quantized, or
+            the result cannot be written. Nothing is left in ``output`` then.
     """
     if getattr(check_model(model), "quantization_config", None) is not None:
         raise ModelError(f"{model} is stored quantized; give the 16-bit model, which is quantized here.")
@@ -50,5 +52,5 @@ def quantize(
             dtype=_DTYPES[precision],
             max_shard_bytes=max_shard_bytes,
         )
-    except ValueError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"the model {model} cannot be quantized: {error}.") from error

@@ -1,6 +1,10 @@
+import shutil
+
 import pytest
+import safetensors
 import torch
 
+import pyquant.pretrained
 from pyquant.training.config import ModelConfig, QuantizationConfig
 from pyquant.training.errors import ConfigError, ModelError
 from pyquant.training.models import load_base
@@ -32,3 +36,19 @@ def test_bitsandbytes_reads_what_is_saved(tiny_model, tmp_path):
         quantize(str(tmp_path / "q"), tmp_path / "again", QuantizationConfig())
     with pytest.raises(ConfigError, match="q exists and is not empty"):
         quantize(str(tiny_model), tmp_path / "q", QuantizationConfig())
+
+
+def test_what_cannot_be_read_or_written_is_one_sentence(tiny_model, tmp_path, monkeypatch):
+    copied = shutil.copytree(tiny_model, tmp_path / "model")
+    file = copied / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match=r"^the model .* cannot be quantized: .*\.safetensors cannot be read .*\.$"):
+        quantize(str(copied), tmp_path / "new", QuantizationConfig())
+
+    def full(*args, **kwargs):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(pyquant.pretrained, "save_file", full)
+    with pytest.raises(ModelError, match=r"cannot be quantized: .* No space left on device"):
+        quantize(str(tiny_model), tmp_path / "new", QuantizationConfig())
+    assert not (tmp_path / "new").exists()
