@@ -225,7 +225,7 @@ def _entry(
 ) -> dict[str, Any]:
     """The quantization_config of config.json, with the dense layers by their whole names."""
     if format == "pyquant":
-        return {**config.to_dict(), "skip": dense, "targets": None}
+        return {**config.to_dict(), "skip": dense, "skip_syntax": "glob", "targets": None}
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     for name in packed:
