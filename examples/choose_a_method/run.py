@@ -38,8 +38,8 @@ def main(
 ) -> None:
     """Fine-tune with every method, each in a process of its own, and compare.
 
-    A method whose run has ended already is not run again; remove its folder to train it anew. One that runs out of
-    memory gets a row that says so.
+    A method whose run has ended already is not run again; remove its folder to train it anew. One that fails, for
+    want of memory or of disk space for instance, gets a row that says why, and the others go on.
     """
     console = Console()
     config = example_config(HERE, "sentiment", small, overrides)
@@ -64,13 +64,15 @@ def main(
         panels = {title: [row.get(key) for row in done.values()] for key, title in COLUMNS.items()}
         plot_bars(list(done), panels, output / "methods.png")
     console.print(f"Results: {file}", highlight=False, soft_wrap=True)
+    if not done:
+        sys.exit(1)  # no method has a result: a script that runs this one must not take the table for a comparison
 
 
 def fine_tune(config: Config, console: Console) -> dict[str, Any]:
     """Run `pyquant train` in a process of its own, whose peak memory is the method's, and return a row of the table."""
     folder = Path(config.training.output_dir)
-    file = folder / "metrics.json"
-    if file.is_file():
+    metrics = finished(folder)
+    if metrics is not None:
         console.print(f"{folder} holds a finished run: not run again", highlight=False)
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,12 +80,12 @@ def fine_tune(config: Config, console: Console) -> dict[str, Any]:
         settings.write_text(json.dumps(to_dict(config)), encoding="utf-8")
         command = [sys.executable, "-m", "pyquant.cli", "train", str(settings)]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-        if "OutOfMemoryError" in done.stderr or done.returncode == -9:
+        if "OutOfMemoryError" in done.stderr or done.returncode == -9:  # -9: how Linux ends what takes the last memory
             return {"note": "out of memory"}
         if done.returncode:
             sys.stderr.write(done.stderr)
-            sys.exit(done.returncode)
-    metrics = json.loads(file.read_text(encoding="utf-8"))
+            return {"note": reason(done)}
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     before, after = metrics["before"], metrics["after"]
     weights = [*folder.glob("adapter/*.safetensors"), *folder.glob("model/*.safetensors")]
     row = {
@@ -99,6 +101,20 @@ def fine_tune(config: Config, console: Console) -> dict[str, Any]:
     if metrics["resumed_from_step"]:
         row["note"] = f"resumed at step {metrics['resumed_from_step']}; time and memory are of the rest"
     return row | {"learning_rate": config.training.learning_rate, "metrics": metrics}
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The metrics of a run that has ended; None of one that has not, or that was killed while it wrote them."""
+    try:
+        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a process failed: the last line of what it wrote to standard error, as `pyquant train` ends with it."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1].removeprefix("Error: ") if lines else f"the process ended with {done.returncode}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Runs an example's script as a person does."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,9 @@ def example(tmp_path):
     def run(script, *words, code=0):
         command = [sys.executable, str(EXAMPLES / script), *map(str, words)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
-        if done.returncode == 1 and "cannot be fetched" in done.stderr:
+        # Where an index is meant to be reachable a skip would hide that no example was run: the failure is told then.
+        required = os.environ.get("PYQUANT_TEST_REQUIRE_ASSETS", "0") not in ("", "0")
+        if done.returncode == 1 and "cannot be fetched" in done.stderr and not required:
             pytest.skip(f"needs the package index: {done.stderr.strip().splitlines()[-1]}")
         assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout if code == 0 else done.stderr

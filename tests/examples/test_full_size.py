@@ -1,12 +1,18 @@
 """The full-size configurations as they are, but for a tiny model and a file with the columns of their data set."""
 
 import json
+import math
+import os
+from pathlib import Path
 
 import pytest
+
+from pyquant.training import load_config
 
 pytest.importorskip("trl")
 
 TINY = ["model.precision=bf16", "training.max_steps=2", "training.batch_size=2", "training.gradient_accumulation=1"]
+CHOOSE_A_METHOD = Path(__file__).parents[2] / "examples" / "choose_a_method" / "mistral-7b.yaml"
 LABELS = ("negative", "neutral", "positive")
 
 
@@ -53,21 +59,43 @@ def test_role_prompts(example, words, tmp_path):
     assert found["examples"][0]["prompt"] == "Act as Astronomer\nPrompt:\n"
 
 
-def test_choose_a_method_says_what_is_out_of_memory(example, words, tmp_path, monkeypatch):
-    # Where torch runs out of memory cannot be chosen; that it does is written into the process's start.
+def test_choose_a_method_says_why_a_method_has_no_result(example, words, tmp_path, monkeypatch):
+    # Where torch or the disk runs out cannot be chosen; that they do is written into the process's start.
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "if any('lora/run.json' in word and 'qlora' not in word for word in sys.orig_argv):\n"
-        "    raise SystemExit('torch.OutOfMemoryError: CUDA out of memory.')\n",
+        "import shutil, sys\n"
+        "ran = ' '.join(sys.orig_argv)\n"
+        "if '/lora/run.json' in ran:\n"
+        "    raise SystemExit('torch.OutOfMemoryError: CUDA out of memory.')\n"
+        "if '/full/run.json' in ran:\n"
+        "    usage = shutil.disk_usage\n"
+        "    shutil.disk_usage = lambda path: usage(path)._replace(free=1000)\n",
         encoding="utf-8",
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    overrides = words(pairs(LABELS), **{"partial.last_layers": 1})
-    output = example("choose_a_method/run.py", *overrides, "--methods", "partial,lora")
-    found = results(tmp_path / "runs" / "choose-a-method-7b")
-    assert found["partial"]["accuracy"] >= 0
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    folder = tmp_path / "runs" / "choose-a-method-7b"
+    (folder / "partial").mkdir(parents=True)
+    (folder / "partial" / "metrics.json").write_text('{"method": "partial", "bef', encoding="utf-8")  # killed there
+    assert load_config(CHOOSE_A_METHOD).evaluation.general is not None  # a hub name, which the file stands for
+    general = tmp_path / "general.jsonl"
+    general.write_text('{"text": "the cat sat on the mat"}\n', encoding="utf-8")
+    overrides = words(pairs(LABELS), **{"partial.last_layers": 1, "evaluation.general": general})
+    output = example("choose_a_method/run.py", *overrides, "--methods", "full,partial,lora")
+    found = results(folder)
+    assert list(found) == ["full", "partial", "lora"]
+    assert set(found["full"]) == {"note"}
+    assert "but the disk of runs/choose-a-method-7b/full has 1.0 kB free" in found["full"]["note"]
+    assert f"| full |  |  |  |  |  |  | {found['full']['note']} |" in output
     assert found["lora"] == {"note": "out of memory"}
     assert "| lora |  |  |  |  |  |  | out of memory |" in output
+    cells = next(line for line in output.splitlines() if line.startswith("| partial |")).split("|")[2:-1]
+    assert all(math.isfinite(float(cell)) for cell in cells[:-1])
+    assert (len(cells), cells[-1].strip()) == (7, "")
+
+
+def test_choose_a_method_without_any_result_fails(example, tmp_path):
+    example("choose_a_method/run.py", f"model.path={tmp_path}", "--methods", "qlora", code=1)
+    found = results(tmp_path / "runs" / "choose-a-method-7b")
+    assert "has no config.json" in found["qlora"]["note"]
 
 
 def test_memory_with_random_weights(example, tiny_model, tmp_path):

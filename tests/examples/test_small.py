@@ -119,3 +119,14 @@ def test_memory(example, tmp_path):
         assert "note" not in row, row
         finite(row, "peak_gib", "planned_gib", "tokens_per_second")
         assert row["peak_gib"] > row["planned_gib"] > 0.1
+
+
+def test_the_drop_in(example, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    example("drop_in.py", "--small", "--steps", "2")
+    content = json.loads((tmp_path / "runs" / "drop-in.json").read_text(encoding="utf-8"))
+    assert content["arguments"]["steps"] == 2
+    ours, theirs = (content["results"][library]["losses"] for library in ("pyquant", "bitsandbytes"))
+    assert len(ours) == 2
+    assert ours == pytest.approx(theirs, rel=5e-2)
+    assert ours[1] < ours[0]  # the second loss is of weights that the first step has changed

@@ -1,17 +1,21 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_tokenizer
 
+from pyquant.bench.shapes import MISTRAL_7B_CONFIG
 from pyquant.training.activations import Shape, layer_saved, step_activations
 from pyquant.training.config import QuantizationConfig, parse_config
 from pyquant.training.errors import UserError
 from pyquant.training.memory import estimate_bytes, weight_bytes
 from pyquant.training.methods import choose_trainable, resolve_method
 from pyquant.training.models import check_model, load_base, load_quantized
-from pyquant.training.plan import check_disk
+from pyquant.training.plan import check_disk, make_plan
+from pyquant.training.prepare import LengthReport
 from pyquant.training.train import plan_run, train
 
 pytest.importorskip("trl")
@@ -185,3 +189,45 @@ def plan_run_unchecked(settings, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["pyquant.training.train"], "check_disk", lambda *a: None)
         return plan_run(parse_config(settings))
+
+
+MEASURED_HERE = json.loads(
+    (Path(__file__).parents[2] / "benchmarks" / "results" / "examples" / "memory-h100.json").read_text(encoding="utf-8")
+)["rows"]
+
+
+@pytest.mark.parametrize(
+    "row", MEASURED_HERE, ids=lambda row: f"{row['method']}-{row['checkpointing']}-{row['rows']}x{row['tokens']}"
+)
+def test_the_plan_is_near_the_peaks_of_this_driver(row, monkeypatch):
+    """What would be planned now for the steps that examples/chat_assistant/memory.py measured on an H100."""
+    from transformers import MistralConfig
+
+    # All that the plan asks of the GPU; it has been measured on one that says yes.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    config = parse_config(
+        {
+            "model": {"path": "mistral-7b"},
+            "quantization": {"method": "nf4" if row["method"] == "qlora" else "none"},
+            "training": {"method": row["method"], "gradient_checkpointing": row["checkpointing"]},
+        }
+    )
+    tokens = row["rows"] * row["tokens"]  # random ones, which all count
+    plan = make_plan(
+        config,
+        row["method"],
+        MistralConfig(**MISTRAL_7B_CONFIG),
+        make_tokenizer(),
+        [],
+        LengthReport(rows=row["rows"], tokens=tokens, targets=tokens, longest_kept=row["tokens"]),
+        rows=row["rows"],
+        batch_size=row["rows"],
+        gradient_accumulation=1,
+        device=torch.device("cuda"),
+    )
+    assert plan.memory / GIB == pytest.approx(row["peak_gib"], rel=0.1)
+
+
+def test_the_measured_peaks_are_those_that_the_plan_is_compared_with():
+    cases = {(row["method"], row["checkpointing"]) for row in MEASURED_HERE if "peak_gib" in row}
+    assert cases == {(method, checkpointing) for method in ("qlora", "lora") for checkpointing in (False, True)}
