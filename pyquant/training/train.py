@@ -272,10 +272,11 @@ def _save(run: _Run, trainer: "SFTTrainer", metrics: dict[str, Any], dtype: torc
             title = f"accuracy {scores['accuracy']:.3f}, macro F1 {scores['macro_f1']:.3f}"
             plot_confusion(scores["confusion_matrix"], scores["labels"], output / file, title)
     if settings.merge != "none":
-        merged = output / "merged"
-        if (merged / "pyquant-merge.json").is_file():
-            shutil.rmtree(merged)  # of this run, before it was continued
-        sentence = merge(config.model.path, folder, merged, settings.merge, precision=config.model.precision)
+        # What is there is this run's, from before it was continued.
+        precision = config.model.precision
+        sentence = merge(
+            config.model.path, folder, output / "merged", settings.merge, precision=precision, replace=True
+        )
         console.print(sentence, highlight=False, soft_wrap=True)
     if settings.push_to_hub:
         console.print(f"Uploaded to {upload(folder, settings.push_to_hub)}", highlight=False, soft_wrap=True)
