@@ -209,14 +209,13 @@ def _train(run: _Run, console: Console, model: "PreTrainedModel | None") -> Resu
     if checkpoint and _is_finished(settings, checkpoint):
         # Trainer would take one step more. A run killed after its last checkpoint only lacks the results.
         _restore(trainer, checkpoint)
-        loss = None
     else:
-        loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics |= {
         "method": run.method,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "train_loss": loss,
+        "train_loss": _mean_loss(trainer.state.log_history),
         "train_seconds": time.perf_counter() - start_time,
         "train_rows": len(prepared.train),
         "parameters": run.plan.parameters,
@@ -283,6 +282,19 @@ def _save(run: _Run, trainer: "SFTTrainer", metrics: dict[str, Any], dtype: torc
     return folder
 
 
+def _mean_loss(history: list[dict[str, Any]]) -> float | None:
+    """The mean training loss of all steps; Trainer's own is of those since the run was last resumed.
+
+    An entry of the log is the mean of the steps since the entry before it, and `LogAtStops` leaves no step out.
+    """
+    total, last = 0.0, 0
+    for entry in history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    return total / last if last else None
+
+
 def build_trainer(
     config: Config,
     model: torch.nn.Module,
@@ -305,7 +317,7 @@ def build_trainer(
     from transformers.integrations import TensorBoardCallback
     from trl import SFTConfig
 
-    from .progress import ProgressDisplay
+    from .progress import LogAtStops, ProgressDisplay
     from .trainer import CompletionTrainer
 
     settings = config.training
@@ -369,6 +381,7 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LogAtStops())
     trainer.add_callback(ProgressDisplay(console))
     if settings.early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping))

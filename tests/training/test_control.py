@@ -69,6 +69,44 @@ def test_stopping_without_evaluations_is_refused(worsening, change, message):
         train(parse_config(worsening))
 
 
+def test_epochs_are_saved_and_evaluated_and_the_best_is_kept(worsening, tmp_path):
+    worsening["training"] |= {"max_steps": None, "epochs": 4, "eval_every": "epoch", "save_every": "epoch"}
+    worsening["training"] |= {"early_stopping": 1, "keep_checkpoints": None}
+    run = train(parse_config(worsening))
+    losses = evaluations(run.metrics)[:-1]
+    steps = [entry["step"] for entry in run.metrics["log"] if "eval_loss" in entry][:-1]
+    epochs = len(losses)
+    assert epochs < 4  # the next one is worse
+    assert losses[-1] > min(losses)
+    assert steps == [9 * (epoch + 1) for epoch in range(epochs)]
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{step}" for step in steps}
+    assert evaluations(run.metrics)[-1] == pytest.approx(min(losses), rel=1e-3)
+
+
+def test_a_run_of_epochs_goes_on_from_the_last(settings, tmp_path, repeated):
+    settings["training"] |= {"max_steps": None, "scheduler": "constant", "save_every": "epoch", "log_every": 4}
+    settings["training"] |= {"output_dir": str(tmp_path / "whole"), "epochs": 2}
+    train(parse_config(settings))
+    settings["training"] |= {"output_dir": str(tmp_path / "parts"), "epochs": 1}
+    train(parse_config(settings))
+    settings["training"]["epochs"] = 2
+    assert train(parse_config(settings)).metrics["resumed_from_step"] == 9
+    assert repeated(tmp_path / "parts") == repeated(tmp_path / "whole")
+
+
+def test_nothing_is_saved_or_evaluated_on_the_way_where_that_is_off(settings, tmp_path, data_file):
+    settings["data"]["eval"] = str(data_file)
+    settings["training"] |= {"save_every": 0, "eval_every": 0, "log_every": 4}
+    metrics = train(parse_config(settings)).metrics
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert [("eval_loss" in entry, entry["step"]) for entry in metrics["log"]] == [
+        (False, 1),
+        (False, 4),
+        (False, 6),  # the last steps count in train_loss too
+        (True, 6),
+    ]
+
+
 _KILLED_RUN = """
 import os, signal, sys, yaml
 from transformers import Trainer
@@ -92,6 +130,12 @@ elif moment == "accumulating":
         self.half = self.state.global_step == 5
         return step(self, *args, **kwargs)
     Trainer.training_step = dies
+elif moment == "merging":  # the merged weights are there, what says that they are whole is not
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+    Tokenizer.save_pretrained_ = Tokenizer.save_pretrained
+    def dies(self, folder, *args, **kwargs):
+        kill() if "merged" in str(folder) else self.save_pretrained_(folder, *args, **kwargs)
+    Tokenizer.save_pretrained = dies
 else:  # after the last checkpoint, before the results
     Trainer.save_model_ = Trainer.save_model
     def dies(self, folder=None, *args, **kwargs):
@@ -101,8 +145,9 @@ train(parse_config(yaml.safe_load(open(file))))
 """
 
 
-def test_a_run_killed_at_bad_moments_ends_as_an_undisturbed_one(settings, tmp_path, data_file):
-    """While saving, within an accumulated step, before the results; with a mixture, packing, dropout, the best."""
+def test_a_run_killed_at_bad_moments_ends_as_an_undisturbed_one(settings, tmp_path, data_file, repeated):
+    """While saving, within an accumulated step, before the results, while merging; with a mixture, packing, dropout,
+    the best, and checkpoints between two log lines."""
     general = tmp_path / "general.jsonl"
     general.write_text("".join(json.dumps({"text": f"the cat sat on mat {i}"}) + "\n" for i in range(5)))
     settings["data"] |= {"packing": True, "max_length": 16, "mix": {str(general): 0.25}, "eval": str(data_file)}
@@ -113,34 +158,33 @@ def test_a_run_killed_at_bad_moments_ends_as_an_undisturbed_one(settings, tmp_pa
         "batch_size": 2,
         "gradient_accumulation": 2,
         "eval_every": 2,
+        "log_every": 3,
         "keep_best": True,
         "output_dir": str(tmp_path / "whole"),
     }
-    whole = train(parse_config(settings)).metrics
+    train(parse_config(settings))
 
     settings["training"]["output_dir"] = str(tmp_path / "killed")
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(settings))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     found = []
-    for moment in ("saving", "accumulating", "results"):
+    for moment in ("saving", "accumulating", "results", "merging"):
         run = subprocess.run([sys.executable, "-c", _KILLED_RUN, moment, str(file)], env=environment, timeout=120)
         assert run.returncode == -9
-        assert not (tmp_path / "killed" / "metrics.json").exists()
+        assert (tmp_path / "killed" / "metrics.json").exists() == (moment == "merging")
+        assert not (tmp_path / "killed" / "merged").exists()
         states = (tmp_path / "killed").glob("checkpoint-*/trainer_state.json")
         found.append(max(int(state.parent.name.removeprefix("checkpoint-")) for state in states))
-    assert found == [2, 4, 8]
-    resumed = train(parse_config(settings)).metrics
-    assert resumed["resumed_from_step"] == 8
-    logs = [
-        [{key: value for key, value in entry.items() if "second" not in key and "runtime" not in key} for entry in log]
-        for log in (resumed["log"], whole["log"])
-    ]
-    assert logs[0] == logs[1]
-    assert resumed["after"] == whole["after"]
-    assert resumed["before"] == whole["before"]
-    a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "killed"))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert found == [2, 4, 8, 8]
+    assert train(parse_config(settings)).metrics["resumed_from_step"] == 8
+    assert repeated(tmp_path / "killed") == repeated(tmp_path / "whole")
+    for weights in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
+        a, b = (load_file(tmp_path / name / weights) for name in ("whole", "killed"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    # Called once more, it replaces its own results.
+    train(parse_config(settings))
+    assert sorted(path.name for path in (tmp_path / "killed").glob("merged*")) == ["merged"]
 
 
 def test_forgetting_is_measured_before_and_after(settings, tmp_path):
