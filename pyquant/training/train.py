@@ -1,8 +1,10 @@
 """The fine-tuning run: a configuration in, TRL's SFTTrainer, an adapter or a model and its metrics out."""
 
+import contextlib
+import dataclasses
 import json
 import os
-import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,8 @@ from .batches import (
 )
 from .card import write_card
 from .config import Config, TrainingConfig, nearest, parse_config, to_dict
-from .errors import ConfigError, DataError, full_disk_is_an_error, require
+from .errors import ConfigError, DataError, UserError, existing_folder, full_disk_is_an_error, require
+from .files import write_text
 from .hub import check_hub, upload
 from .launch import is_main_process, uses_fsdp
 from .measure import Measurements
@@ -87,7 +90,10 @@ def plan_run(config: Config, console: Console | None = None) -> Plan:
         UserError: as `train`.
     """
     console = (console or Console()) if is_main_process() else Console(quiet=True)
-    return _check(config, console).plan
+    with _full_disks(config):
+        run = _check(config, console)
+    _print_plan(run, console)
+    return run.plan
 
 
 def train(config: Config, console: Console | None = None, model: "PreTrainedModel | None" = None) -> Result:
@@ -108,15 +114,23 @@ def train(config: Config, console: Console | None = None, model: "PreTrainedMode
             disk was full or the hub could not be reached.
     """
     console = (console or Console()) if is_main_process() else Console(quiet=True)
-    run = _check(config, console)
+    with _full_disks(config):
+        run = _check(config, console)
     if run.config.training.push_to_hub and is_main_process():
         check_hub(run.config.training.push_to_hub)
-    with full_disk_is_an_error(config.training.output_dir):
+    _print_plan(run, console)
+    with _full_disks(config):
         return _train(run, console, model)
 
 
+def _full_disks(config: Config) -> contextlib.AbstractContextManager[None]:
+    """Name a full disk that a run writes to: of its results, or of the caches of data and models."""
+    caches = (require("datasets.config").HF_DATASETS_CACHE, require("huggingface_hub.constants").HF_HUB_CACHE)
+    return full_disk_is_an_error(config.training.output_dir, *caches, tempfile.gettempdir())
+
+
 def _check(config: Config, console: Console) -> _Run:
-    """Check everything that a user can get wrong before the weights are read, and print the plan."""
+    """Check everything that a user can get wrong before the weights are read, and print what the rows are."""
     settings = config.training
     for module in ("trl", "datasets", "matplotlib", *(("tensorboard",) if settings.tensorboard else ())):
         require(module)
@@ -165,12 +179,16 @@ def _check(config: Config, console: Console) -> _Run:
     plan = plan_of(batch_size)
     for line in prepared.report.lines(config.data):
         console.print(line, highlight=False, soft_wrap=True)
-    rate = measure_rate(device, choose_dtype(config.model.precision, device))
-    console.print(plan_table(plan, device, rate), highlight=False)
     check_disk(config, plan)
     return _Run(
         config, method, device, checkpoint, tokenizer, new_tokens, prepared, measurements, batch_size, sizes, plan
     )
+
+
+def _print_plan(run: _Run, console: Console) -> None:
+    """Print the plan; once nothing more can be refused, since the device is measured for it."""
+    rate = measure_rate(run.device, choose_dtype(run.config.model.precision, run.device))
+    console.print(plan_table(run.plan, run.device, rate), highlight=False)
 
 
 def _train(run: _Run, console: Console, model: "PreTrainedModel | None") -> Result:
@@ -192,7 +210,7 @@ def _train(run: _Run, console: Console, model: "PreTrainedModel | None") -> Resu
     output.mkdir(parents=True, exist_ok=True)
     if trainer.is_world_process_zero():
         text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-        (output / "config.yaml").write_text(text, encoding="utf-8")
+        write_text(output / "config.yaml", text)
         start = f", from {checkpoint}" if checkpoint else ""
         rows = f"{len(prepared.train)} rows" + (f", {len(prepared.eval)} held out" if prepared.eval else "")
         what = "adapter parameters" if uses_adapter(run.method) else "parameters"
@@ -258,7 +276,7 @@ def _save(run: _Run, trainer: "SFTTrainer", metrics: dict[str, Any], dtype: torc
         return folder
     if adapter:
         write_adapter_record(folder, config.model, config.quantization, config.data.end_token)
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_card(folder, config, run.method, metrics, adapter)
     if metrics["log"]:
         from .plots import plot_loss
@@ -580,7 +598,17 @@ def _check_same_run(config: Config, checkpoint: Path) -> None:
     file = checkpoint.parent / "config.yaml"
     if not file.is_file():
         return
-    then = to_dict(parse_config(yaml.safe_load(file.read_text(encoding="utf-8"))))
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not tree:
+            raise ConfigError("it is empty")
+        then = to_dict(parse_config(tree))
+    except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
+        reason = str(error) if isinstance(error, ConfigError) else "it is not valid YAML"
+        raise ConfigError(
+            f"{file}, which says what {checkpoint} was made with, cannot be read: {reason.rstrip('.')}; write "
+            "that run's configuration there again, or delete the file if nothing in it was changed."
+        ) from error
     now = to_dict(config)
     methods = [resolve_method(parse_config(tree)) for tree in (then, now)]
     if methods[0] != methods[1]:

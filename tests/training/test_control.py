@@ -1,7 +1,9 @@
 """Stopping, the best model, kills at bad moments, logs, uploads, and what goes wrong outside of the program."""
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,11 @@ import yaml
 from safetensors.torch import load_file
 
 from pyquant.training.config import parse_config
-from pyquant.training.errors import ConfigError, DataError, UserError
+from pyquant.training.errors import ConfigError, DataError, UserError, full_disk_is_an_error
 
 pytest.importorskip("trl")
 
-from pyquant.training.train import train
+from pyquant.training.train import plan_run, train
 
 
 def evaluations(metrics):
@@ -298,9 +300,87 @@ def test_rows_beyond_the_context_are_counted(settings, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_told(settings, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.json").symlink_to("/dev/full")
+    (tmp_path / "run" / "metrics.json.tmp").symlink_to("/dev/full")
     settings["training"]["max_steps"] = 2
     with pytest.raises(UserError, match=r"the disk of .*run is full; free some space and start again"):
         train(parse_config(settings))
-    (tmp_path / "run" / "metrics.json").unlink()
+    assert not list((tmp_path / "run").glob("metrics.json*"))
     assert train(parse_config(settings)).metrics["resumed_from_step"] == 2
+
+
+_FULL_DISK = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from pyquant.training.errors import FullDiskError, UserError, full_disk_is_an_error
+
+folder = Path(sys.argv[1])
+
+def wrapped(file):  # as the data sets' builders do
+    try:
+        file.write_bytes(bytes(10**5))
+    except OSError as error:
+        raise UserError("the data cannot be read") from error
+
+def nested(file):
+    with full_disk_is_an_error(file.parent):
+        wrapped(file)
+
+for write in (
+    lambda file: torch.save({"a": torch.zeros(10**5)}, file),
+    lambda file: save_file({"a": torch.zeros(10**5)}, file),
+    lambda file: file.write_bytes(bytes(10**5)),
+    wrapped,
+    nested,
+):
+    try:
+        with full_disk_is_an_error("/", folder / "run"):
+            write(folder / "file")
+        sys.exit("written")
+    except FullDiskError as error:
+        assert f"the disk of {folder}" in str(error) and "is full; free some space" in str(error), error
+    (folder / "file").unlink(missing_ok=True)
+"""
+
+
+def test_every_writer_of_a_full_disk_is_understood(tmp_path):
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=64k tmpfs {tmp_path}"
+    if shutil.which("unshare") is None or subprocess.run([*namespace, mount], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = f'{mount} && exec "$0" -c "$1" {tmp_path}'
+    run = subprocess.run(
+        [*namespace, command, sys.executable, _FULL_DISK], env=environment, timeout=120, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "PytorchStreamWriter failed writing file data/0: file write failed",  # torch 2.10
+        "[enforce fail at inline_container.cc:672] . unexpected pos 43200 vs 43092",  # torch 2.13
+    ],
+)
+def test_torchs_words_for_a_full_disk_are_understood(tmp_path, text):
+    with pytest.raises(UserError, match=f"the disk of {tmp_path} is full"), full_disk_is_an_error(tmp_path):
+        raise RuntimeError(text)
+    with pytest.raises(RuntimeError, match="something else"), full_disk_is_an_error(tmp_path):
+        raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize("call", [plan_run, train])
+def test_a_full_cache_is_told_by_its_own_name(settings, tmp_path, monkeypatch, call):
+    from datasets import Dataset
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Dataset, "map", full)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=0 if path.name == "cache" else 10**9))
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(UserError, match=r"the disk of .*/cache is full; free some space"):
+        call(parse_config(settings))

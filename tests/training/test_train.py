@@ -12,12 +12,12 @@ import yaml
 from safetensors.torch import load_file
 
 from pyquant.training.config import parse_config
-from pyquant.training.errors import ConfigError, DataError, ModelError
+from pyquant.training.errors import ConfigError, DataError, ModelError, UserError
 from pyquant.training.models import adapter_record
 
 pytest.importorskip("trl")
 
-from pyquant.training.train import find_checkpoint, train
+from pyquant.training.train import find_checkpoint, plan_run, train
 
 QUANTIZATIONS = ["none", "nf4"]
 
@@ -191,6 +191,29 @@ def test_another_adapter_is_not_resumed(settings):
     settings["adapter"]["r"] = 4
     with pytest.raises(ConfigError, match=r"adapter\.r is 4, but .*checkpoint-2 was made with 8"):
         train(parse_config(settings))
+
+
+@pytest.mark.parametrize("inside", ["", "deep/run"])
+def test_a_file_in_the_place_of_the_results_is_named(settings, tmp_path, inside):
+    file = tmp_path / "file"
+    file.write_text("")
+    settings["training"]["output_dir"] = str(file / inside)
+    for call in (plan_run, train):
+        with pytest.raises(ConfigError, match=r"training\.output_dir is .*, but .*file is a file; name another"):
+            call(parse_config(settings))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("", "it is empty"), ("data: {train: [", "it is not valid YAML"), ("data: {x: 1}", r"data\.x is not")],
+)
+def test_a_broken_record_of_a_run_is_named(settings, tmp_path, text, reason):
+    settings["training"]["max_steps"] = 2
+    train(parse_config(settings))
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"config\.yaml, which says what .*checkpoint-2 .*: {reason}") as error:
+        plan_run(parse_config(settings))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
