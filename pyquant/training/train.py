@@ -8,6 +8,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +55,10 @@ __all__ = ["Result", "build_trainer", "find_checkpoint", "make_deterministic", "
 
 # A checkpoint may be continued longer or with another learning rate, but not on another model or other data.
 _FIXED_ON_RESUME = ("model", "quantization", "adapter", "partial", "data")
+
+
+# Their step is an evaluation, not one of the optimizer.
+_SCHEDULED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass
@@ -141,6 +146,7 @@ def _check(config: Config, console: Console) -> _Run:
     _check_names(config)
     method = resolve_method(config)
     _check_combinations(config, method)
+    _check_output(settings.output_dir)
     model_config = check_model(config.model.path)
     checkpoint = find_checkpoint(settings)
     if checkpoint:
@@ -502,6 +508,62 @@ def _check_names(config: Config) -> None:
             raise ConfigError(f"{key} is {value}; {nearest(value, known)}")
     if "8bit" in config.training.optimizer or config.training.optimizer.startswith("paged"):
         require("bitsandbytes", None)
+    _check_optimizer(config.training.optimizer)
+    _check_scheduler(config.training.scheduler)
+
+
+def _check_optimizer(name: str) -> None:
+    """Refuse an optimizer that transformers cannot make, for lack of its package or of settings that it needs.
+
+    Raises:
+        ConfigError: the optimizer needs settings that a configuration does not have.
+        UserError: its package is not installed.
+    """
+    from transformers import Trainer, TrainingArguments
+
+    if name.startswith(("galore", "apollo")):  # they would first name their package, and then fail as well
+        raise ConfigError(
+            f"training.optimizer is {name}, which needs a list of layers that a configuration does not have; choose "
+            "another, such as adamw_torch_fused."
+        )
+    # Made anew, the arguments would set up the device and the other processes.
+    defaults = {item.name: item.default for item in dataclasses.fields(TrainingArguments)}
+    arguments = SimpleNamespace(**defaults | {"optim": name})
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, torch.nn.Linear(1, 1))
+    except ImportError as error:
+        raise UserError(f"training.optimizer is {name}, which is not installed: {_first_line(error)}.") from error
+    except Exception as error:
+        raise ConfigError(
+            f"training.optimizer is {name}, which cannot be used: {_first_line(error)}; choose another, such as "
+            "adamw_torch_fused."
+        ) from error
+
+
+def _check_scheduler(name: str) -> None:
+    """Refuse a learning-rate schedule that needs settings which a configuration does not have."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    try:
+        get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=2)
+    except Exception as error:
+        raise ConfigError(
+            f"training.scheduler is {name}, which cannot be used: {_first_line(error)}; choose another, such as cosine."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _check_output(folder: str) -> None:
+    """Refuse a folder that cannot be made or written to."""
+    found = existing_folder(folder)
+    if not found.is_dir():
+        raise ConfigError(f"training.output_dir is {folder}, but {found} is a file; name another folder.")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise ConfigError(f"training.output_dir is {folder}, but {found} cannot be written to; name another folder.")
 
 
 def _check_combinations(config: Config, method: str) -> None:
@@ -519,6 +581,11 @@ def _check_combinations(config: Config, method: str) -> None:
                 f"{key} needs an evaluation at every checkpoint; training.save_every ({settings.save_every}) must be a "
                 f"multiple of training.eval_every ({settings.eval_every})."
             )
+    if settings.scheduler in _SCHEDULED_BY_EVALUATION and not (evaluates and settings.eval_every):
+        raise ConfigError(
+            f"training.scheduler is {settings.scheduler}, which follows evaluations; set data.eval or "
+            "data.eval_fraction, and training.eval_every."
+        )
     if settings.merge != "none" and not uses_adapter(method):
         raise ConfigError(
             f"training.merge is {settings.merge}, but the method {method} leaves a model; set it to none."
