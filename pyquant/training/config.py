@@ -147,8 +147,12 @@ class TrainingConfig:
         "adamw_torch_fused", "any of transformers' optimizers; adamw_8bit and paged_adamw_8bit need bitsandbytes"
     )
     log_every: int = _option(10, "steps between two log lines", minimum=1)
-    eval_every: int | None = _option(None, "steps between two evaluations; null: only at the end", minimum=1)
-    save_every: int = _option(100, "steps between two checkpoints", minimum=1)
+    eval_every: int | Literal["epoch"] | None = _option(
+        None, "steps between two evaluations, or epoch; null or 0: only at the end", minimum=0
+    )
+    save_every: int | Literal["epoch"] = _option(
+        100, "steps between two checkpoints, or epoch; 0: none, so that a killed run starts anew", minimum=0
+    )
     keep_checkpoints: int | None = _option(2, "checkpoints kept; null: all", minimum=1)
     keep_best: bool = _option(False, "end with the weights of the lowest evaluation loss")
     early_stopping: int | None = _option(

@@ -377,10 +377,10 @@ def build_trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=settings.log_every,
         logging_first_step=True,  # the shortest run has a curve too
-        eval_strategy="steps" if eval_rows is not None and settings.eval_every else "no",
-        eval_steps=settings.eval_every,
-        save_strategy="steps",
-        save_steps=settings.save_every,
+        eval_strategy=_strategy(settings.eval_every) if eval_rows is not None else "no",
+        eval_steps=_interval(settings.eval_every),
+        save_strategy=_strategy(settings.save_every),
+        save_steps=_interval(settings.save_every) or 1,
         save_total_limit=settings.keep_checkpoints,
         load_best_model_at_end=keep_best,
         metric_for_best_model="eval_loss" if keep_best else None,
@@ -414,6 +414,15 @@ def build_trainer(
 
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(Path(settings.output_dir) / "tensorboard"))))
     return trainer
+
+
+def _strategy(every: int | str | None) -> str:
+    """Trainer's name for how often something is done."""
+    return "epoch" if every == "epoch" else "steps" if every else "no"
+
+
+def _interval(every: int | str | None) -> int | None:
+    return every if isinstance(every, int) and every else None
 
 
 def _fit_batch(trainer: "SFTTrainer", run: _Run, console: Console) -> None:
@@ -576,7 +585,15 @@ def _check_combinations(config: Config, method: str) -> None:
             raise ConfigError(
                 f"{key} compares evaluations; set data.eval or data.eval_fraction, and training.eval_every."
             )
-        if settings.save_every % settings.eval_every:
+        if not settings.save_every:
+            raise ConfigError(f"{key} goes back to a checkpoint; set training.save_every to {settings.eval_every}.")
+        epochs = [settings.save_every == "epoch", settings.eval_every == "epoch"]
+        if any(epochs) and not all(epochs):
+            raise ConfigError(
+                f"{key} needs an evaluation at every checkpoint; training.save_every ({settings.save_every}) and "
+                f"training.eval_every ({settings.eval_every}) must both be epoch, or both be steps."
+            )
+        if not any(epochs) and settings.save_every % settings.eval_every:
             raise ConfigError(
                 f"{key} needs an evaluation at every checkpoint; training.save_every ({settings.save_every}) must be a "
                 f"multiple of training.eval_every ({settings.eval_every})."

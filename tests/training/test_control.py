@@ -62,6 +62,10 @@ def test_early_stopping_ends_with_the_best(worsening, tmp_path):
     ("change", "message"),
     [
         ({"eval_every": None}, r"training\.early_stopping compares evaluations"),
+        ({"eval_every": 0}, r"training\.early_stopping compares evaluations"),
+        ({"save_every": 0}, r"training\.early_stopping goes back to a checkpoint; set training\.save_every to 2"),
+        ({"save_every": "epoch"}, r"save_every \(epoch\) and training\.eval_every \(2\) must both be epoch, or both"),
+        ({"eval_every": "epoch"}, r"save_every \(2\) and training\.eval_every \(epoch\) must both be epoch, or both"),
         ({"save_every": 3}, r"save_every \(3\) must be a multiple of training\.eval_every \(2\)"),
     ],
 )
