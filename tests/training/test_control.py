@@ -166,6 +166,7 @@ def test_a_run_killed_at_bad_moments_ends_as_an_undisturbed_one(settings, tmp_pa
         "eval_every": 2,
         "log_every": 3,
         "keep_best": True,
+        "merge": "16bit",
         "output_dir": str(tmp_path / "whole"),
     }
     train(parse_config(settings))
@@ -247,6 +248,21 @@ def test_8bit_optimizers_train_where_bitsandbytes_is_and_are_refused_elsewhere(s
         patch.setitem(sys.modules, "bitsandbytes", None)
         with pytest.raises(UserError, match="bitsandbytes is not installed"):
             train(parse_config(settings))
+    log = train(parse_config(settings)).metrics["log"]
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_paged_optimizers_are_known(settings):
+    pytest.importorskip("bitsandbytes")
+    settings["training"]["optimizer"] = "paged_adamw_8bit"
+    plan = plan_run(parse_config(settings))
+    assert plan.optimizer == 2 * plan.trainable
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="paged memory is the GPU's")
+def test_paged_optimizers_train(settings):
+    pytest.importorskip("bitsandbytes")
+    settings["training"]["optimizer"] = "paged_adamw_8bit"
     log = train(parse_config(settings)).metrics["log"]
     assert log[-1]["loss"] < log[0]["loss"]
 

@@ -56,6 +56,70 @@ def test_a_run_repeats_exactly(settings, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_another_seed_is_another_run(settings, tmp_path):
+    """Another order of the rows, which the losses show; and other first weights of the adapter."""
+    runs = []
+    for seed in (0, 1):
+        settings["training"] |= {
+            "output_dir": str(tmp_path / str(seed)),
+            "seed": seed,
+            "learning_rate": 0,
+            "max_steps": 2,
+        }
+        runs.append(train(parse_config(settings)))
+    losses = [[e["loss"] for e in run.metrics["log"]] for run in runs]
+    assert losses[0] != losses[1]
+    a, b = (load_file(run.folder / "adapter_model.safetensors") for run in runs)
+    assert all(torch.equal(a[key], b[key]) == ("lora_B" in key) for key in a)
+
+
+def test_rates_clipping_and_kept_checkpoints_are_those_asked_for(settings, tmp_path):
+    settings["training"] |= {
+        "warmup": 2,
+        "scheduler": "linear",
+        "learning_rate": 0.3,
+        "optimizer": "sgd",
+        "max_grad_norm": 1e-3,
+        "save_every": 1,
+        "keep_checkpoints": 3,
+    }
+    result = train(parse_config(settings))
+    log = result.metrics["log"]
+    # Up over two steps, down over the four others; the rate of a line is that of its own step.
+    rates = [0.0, 0.15, 0.3, 0.225, 0.15, 0.075]
+    assert [entry["learning_rate"] for entry in log] == pytest.approx(rates)
+    assert min(entry["grad_norm"] for entry in log) > 1e-3
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (4, 5, 6)}
+    # Each step of SGD is as long as its rate times the clipped norm.
+    before, after = (
+        load_file(tmp_path / "run" / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (4, 5)
+    )
+    length = sum((after[key] - before[key]).square().sum() for key in before).sqrt().item()
+    assert length == pytest.approx(rates[4] * 1e-3, rel=1e-2)
+
+
+def test_the_curves_are_those_of_the_metrics(settings, data_file, monkeypatch):
+    from pyquant.training import plots
+
+    figures, figure = [], plots._figure
+    monkeypatch.setattr(plots, "_figure", lambda *size: figures.append(figure(*size)) or figures[-1])
+    settings["data"]["eval"] = str(data_file)
+    settings["training"]["eval_every"] = 2
+    log = train(parse_config(settings)).metrics["log"]
+    names = [
+        ["loss", "eval_loss"],
+        ["mean_token_accuracy", "eval_mean_token_accuracy"],
+        ["learning_rate"],
+    ]
+    (drawn,) = figures
+    for axes, keys in zip(drawn.axes, names, strict=True):
+        assert len(axes.lines) == len(keys)
+        for line, key in zip(axes.lines, keys, strict=True):
+            points = [(entry["step"], entry[key]) for entry in log if key in entry]
+            assert len(points) >= 4
+            assert list(map(tuple, line.get_xydata())) == points
+
+
 def test_the_loss_is_trls(settings, tiny_model, data_file):
     """On a CPU the loss takes a shorter way than TRL's, to the same value and gradients."""
     from rich.console import Console
