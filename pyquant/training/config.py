@@ -30,9 +30,9 @@ __all__ = [
 ]
 
 
-def _option(default: Any, help: str, minimum: float | None = None) -> Any:
+def _option(default: Any, help: str, minimum: float | None = None, below: float | None = None) -> Any:
     """A field with its description; a list or dict is copied for every configuration."""
-    metadata = {"help": help, "minimum": minimum}
+    metadata = {"help": help, "minimum": minimum, "below": below}
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -67,7 +67,7 @@ class AdapterConfig:
 
     r: int = _option(16, "rank", minimum=1)
     alpha: float = _option(32, "scaling is alpha / r", minimum=0)
-    dropout: float = _option(0.0, "dropout on the adapter's input", minimum=0)
+    dropout: float = _option(0.0, "dropout on the adapter's input", minimum=0, below=1)
     target_modules: str | list[str] = _option("all-linear", "all-linear, or names of layers to adapt")  # noqa: RUF009
     rslora: bool = _option(False, "rank-stabilized LoRA: scaling is alpha / sqrt(r)")
     dora: bool = _option(False, "DoRA: a trained magnitude per output, and LoRA for the direction")
@@ -92,7 +92,7 @@ class DataConfig:
 
     train: str = _option("", "JSONL, CSV or Parquet file, or hub dataset (owner/name or owner/name:split) (required)")
     eval: str | None = _option(None, "the same for evaluation; null: none, unless eval_fraction")
-    eval_fraction: float = _option(0.0, "part of the training rows to hold out when eval is null", minimum=0)
+    eval_fraction: float = _option(0.0, "part of the training rows to hold out when eval is null", minimum=0, below=1)
     prompt: str | None = _option(
         None, "template of the prompt with {column} fields; null: the columns prompt, or instruction and input"
     )
@@ -147,8 +147,12 @@ class TrainingConfig:
         "adamw_torch_fused", "any of transformers' optimizers; adamw_8bit and paged_adamw_8bit need bitsandbytes"
     )
     log_every: int = _option(10, "steps between two log lines", minimum=1)
-    eval_every: int | None = _option(None, "steps between two evaluations; null: only at the end", minimum=1)
-    save_every: int = _option(100, "steps between two checkpoints", minimum=1)
+    eval_every: int | Literal["epoch"] | None = _option(
+        None, "steps between two evaluations, or epoch; null or 0: only at the end", minimum=0
+    )
+    save_every: int | Literal["epoch"] = _option(
+        100, "steps between two checkpoints, or epoch; 0: none, so that a killed run starts anew", minimum=0
+    )
     keep_checkpoints: int | None = _option(2, "checkpoints kept; null: all", minimum=1)
     keep_best: bool = _option(False, "end with the weights of the lowest evaluation loss")
     early_stopping: int | None = _option(
@@ -296,9 +300,12 @@ def _set(config: Config, key: str, value: Any) -> None:
     part = getattr(config, section)
     item = next(f for f in dataclasses.fields(part) if f.name == name)
     value = _coerce(key, value, get_type_hints(type(part))[name])
-    minimum = item.metadata["minimum"]
-    if minimum is not None and isinstance(value, (int, float)) and value < minimum:
-        raise ConfigError(f"{key} is {value}; it must be at least {minimum}.")
+    minimum, below = item.metadata["minimum"], item.metadata["below"]
+    if isinstance(value, (int, float)):
+        if minimum is not None and not value >= minimum:  # NaN is neither
+            raise ConfigError(f"{key} is {value}; it must be at least {minimum}.")
+        if below is not None and not value < below:
+            raise ConfigError(f"{key} is {value}; it must be below {below}.")
     if key in _PATHS and isinstance(value, str):
         value = str(Path(value).expanduser()) if value.startswith("~") else value
     setattr(part, name, value)

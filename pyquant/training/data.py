@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import DataConfig
-from .errors import DataError, require
+from .errors import ConfigError, DataError, require
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,8 +34,6 @@ def load_splits(config: DataConfig, seed: int) -> tuple["Dataset", "Dataset | No
     train = load_rows(config.train, config)
     held_out = load_rows(config.eval, config) if config.eval else None
     if held_out is None and config.eval_fraction > 0:
-        if not 0 < config.eval_fraction < 1:
-            raise DataError(f"data.eval_fraction is {config.eval_fraction:g}; it must be below 1.")
         count = max(1, round(config.eval_fraction * len(train)))
         if count >= len(train):
             raise DataError(f"{config.train} has only {len(train)} row; holding out {count} leaves none to train on.")
@@ -53,6 +51,7 @@ def load_rows(source: str, config: DataConfig | None = None) -> "Dataset":
     """Load one data file, or one hub dataset, as rows of prompt and completion, of messages or of text.
 
     Raises:
+        ConfigError: ``data.prompt`` is no template.
         DataError: it is missing, unreadable or empty, lacks a column, or a cell holds no text or no messages.
     """
     config = config or DataConfig()
@@ -143,6 +142,8 @@ def _read(source: str) -> "Dataset":
             raise DataError(f"{source} ends in {path.suffix or 'nothing'}; data files end in {', '.join(_FORMATS)}.")
         if path.suffix != ".parquet" and not path.read_bytes().strip():
             raise DataError(f"{source} is empty; training needs at least one row.")
+        if path.suffix == ".parquet" and _parquet_rows(path) == 0:  # which the builder takes for a batch size
+            raise DataError(f"{source} has no rows; training needs at least one.")
         arguments = {"sep": "\t"} if path.suffix == ".tsv" else {}
         try:
             return datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train", **arguments)
@@ -165,6 +166,17 @@ def _read(source: str) -> "Dataset":
             f"the data file {source} does not exist, and no hub dataset of that name was found: it has another name, "
             "or the hub cannot be reached."
         ) from error
+
+
+def _parquet_rows(path: Path) -> int | None:
+    """Rows of a Parquet file, or None where it cannot be read, which the builder tells better."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.read_metadata(path).num_rows
+    except (OSError, pyarrow.ArrowException):
+        return None
 
 
 def _fields(source: str, columns: list[str], config: DataConfig) -> dict[str, Any]:
@@ -208,9 +220,9 @@ def _prompt(
         try:
             used = [name for _, name, _, _ in string.Formatter().parse(config.prompt) if name is not None]
         except ValueError as error:
-            raise DataError(f"data.prompt is not a template: {error}; write columns as {{column}}.") from error
+            raise ConfigError(f"data.prompt is not a template: {error}; write columns as {{column}}.") from error
         if not used:
-            raise DataError("data.prompt names no column; write columns as {column}.")
+            raise ConfigError("data.prompt names no column; write columns as {column}.")
         used = [_need(source, columns, name, "data.prompt") for name in used]
         template = config.prompt
         return used, lambda row: template.format(**{name: row[name] or "" for name in used})

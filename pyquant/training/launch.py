@@ -27,13 +27,19 @@ def launch(engine: str | Path, words: list[str]) -> int:
         The exit code.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or it is not YAML.
         UserError: accelerate is not installed, or DeepSpeed where the file asks for it.
     """
     if not Path(engine).is_file():
         raise ConfigError(f"the accelerate configuration {engine} does not exist; examples/distributed/ has some.")
     require("accelerate")
-    if (yaml.safe_load(Path(engine).read_text(encoding="utf-8")) or {}).get("distributed_type") == "DEEPSPEED":
+    try:
+        settings = yaml.safe_load(Path(engine).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the accelerate configuration {engine} is not valid YAML; correct it.") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"the accelerate configuration {engine} holds no keys; `accelerate config` writes one.")
+    if settings.get("distributed_type") == "DEEPSPEED":
         require("deepspeed", None)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(engine)]
     return subprocess.run([*command, "--module", "pyquant.cli", *words]).returncode

@@ -1,6 +1,7 @@
 """Merging an adapter into its base, with a statement of which base that was."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,7 @@ def merge(
     base: Literal["16bit", "4bit"] = "16bit",
     quant_type: str | None = None,
     precision: str = "auto",
+    replace: bool = False,
 ) -> str:
     """Merge an adapter into its base and save a model without adapters, in 16 bits.
 
@@ -42,18 +44,19 @@ def merge(
         base: which weights the adapter is added to.
         quant_type: ``nf4`` or ``fp4`` for ``4bit``, when the adapter does not say what it was trained on.
         precision: dtype of the saved weights.
+        replace: whether what ``output`` holds gives way to the merged model, once that is whole.
 
     Returns:
         One sentence that says what was merged into what; ``pyquant-merge.json`` in the output holds it too.
 
     Raises:
-        ConfigError: ``output`` holds something, or the quantization is not known.
+        ConfigError: ``output`` holds something that is not to be replaced, or the quantization is not known.
         ModelError: the model or the adapter is missing or does not fit.
     """
     check_model(model)
     check_adapter(adapter)
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not replace and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} exists and is not empty; give a new folder for the merged model.")
     quantization = _trained_quantization(adapter, quant_type) if base == "4bit" else None
     tokenizer = adapter_tokenizer(model, adapter)
@@ -67,9 +70,13 @@ def merge(
 
         dense = pyquant.dequantize_linear(quantize(dense, quantization), dtype)
     merged = load_adapter(dense, adapter).merge_and_unload(safe_merge=True)
+    folder = output
+    if replace:
+        folder = output.with_name(output.name + ".tmp")
+        shutil.rmtree(folder, ignore_errors=True)  # of a merge that was killed
     with quiet():
-        merged.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+        merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
     weights = str(dtype).removeprefix("torch.")
     if quantization is None:
@@ -84,7 +91,10 @@ def merge(
     record = {"base": model, "base_weights": base, "adapter": str(adapter), "dtype": weights, "statement": sentence}
     if quantization is not None:
         record["quantization"] = vars(quantization)
-    (output / "pyquant-merge.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / "pyquant-merge.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if replace:
+        shutil.rmtree(output, ignore_errors=True)
+        folder.rename(output)
     return sentence
 
 

@@ -5,7 +5,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from .activations import Shape, step_activations
 from .config import Config
-from .errors import UserError
+from .errors import UserError, existing_folder
 from .memory import estimate_bytes, format_bytes
 from .methods import choose_trainable, fit_vocabulary, uses_adapter
 from .models import choose_dtype
@@ -46,6 +45,7 @@ class Plan:
         tokens_per_epoch, rows_per_epoch: after packing, a row is a sequence.
         steps: optimizer steps of the whole run.
         flops_per_token: of a training step.
+        checkpoint, result: bytes on the disk, of one checkpoint and of what the run leaves at its end.
     """
 
     method: str
@@ -65,6 +65,8 @@ class Plan:
     steps: int
     epochs: float
     flops_per_token: float
+    checkpoint: int
+    result: int
 
     @property
     def memory(self) -> int:
@@ -106,7 +108,10 @@ def make_plan(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
         model.tie_weights()
+        rows_before = model.get_input_embeddings().weight.shape[0]
         fit_vocabulary(model, tokenizer)
+        tables = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+        grown = model.get_input_embeddings().weight.shape[0] > rows_before
         base_parameters = sum(p.numel() for p in model.parameters())
         model = choose_trainable(model, config, method, new_tokens)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -145,6 +150,15 @@ def make_plan(
         loss="fused" if device.type == "cuda" else "full",
         targets=math.ceil(batch_size * longest * report.targets / report.tokens),
     )
+    # The disk holds no copies: an adapter, or what is trained in float32 and all else in 16 bits. At the end a model is
+    # in 16 bits as a whole.
+    state = _state_bytes(settings.optimizer) * trainable
+    saved = 4 * trainable if adapter else element * (base_parameters - trainable) + 4 * trainable
+    if adapter and grown and config.adapter.embeddings != "all":
+        saved += element * sum(table.numel() for table in tables.values())  # PEFT saves whole tables that were resized
+    result = saved if adapter else element * base_parameters
+    if settings.merge != "none":
+        result += element * base_parameters
     gradients = 4 * trainable
     # Between two optimizer steps gradients exist during the loss, too.
     in_loss = loss + (gradients if gradient_accumulation > 1 else 0) > backward + gradients
@@ -166,7 +180,7 @@ def make_plan(
         weights=weights,
         trained=trained,
         gradients=gradients if not in_loss or gradient_accumulation > 1 else 0,
-        optimizer=_state_bytes(settings.optimizer) * trainable,
+        optimizer=state,
         activations=loss if in_loss else backward,
         workspace=_WORKSPACE if device.type == "cuda" else 0,
         batch_size=batch_size,
@@ -177,6 +191,8 @@ def make_plan(
         steps=steps,
         epochs=steps / steps_per_epoch,
         flops_per_token=2.0 * passes * matrix + (2.0 * (passes + 1) if adapter else 2.0) * products + attention,
+        checkpoint=saved + state,
+        result=result,
     )
 
 
@@ -244,17 +260,15 @@ def check_disk(config: Config, plan: Plan) -> None:
     Raises:
         UserError: less is free than the kept checkpoints and the result need.
     """
-    folder = Path(config.training.output_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    # A checkpoint holds the trained weights (all, without an adapter) and the optimizer's state; one more is written
-    # before the oldest is removed.
-    weights = plan.trained or plan.weights
-    count = (config.training.keep_checkpoints or math.ceil(plan.steps / config.training.save_every)) + 1
-    needed = min(count, math.ceil(plan.steps / config.training.save_every)) * (weights + plan.optimizer) + weights
-    if config.training.merge != "none":
-        needed += 2 * plan.parameters
+    settings = config.training
+    free = shutil.disk_usage(existing_folder(settings.output_dir)).free
+    if settings.save_every == "epoch":
+        count = math.ceil(plan.epochs)
+    else:
+        count = math.ceil(plan.steps / settings.save_every) if settings.save_every else 0
+    if settings.keep_checkpoints is not None:
+        count = min(count, settings.keep_checkpoints + 1)  # one more is written before the oldest is removed
+    needed = count * plan.checkpoint + plan.result
     if needed > free:
         raise UserError(
             f"the checkpoints and the result need {format_bytes(needed)}, but the disk of {config.training.output_dir} "

@@ -4,7 +4,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-__all__ = ["ProgressDisplay"]
+__all__ = ["LogAtStops", "ProgressDisplay"]
+
+
+class LogAtStops(TrainerCallback):
+    """Logs where the model is saved or evaluated and where training ends, beside every ``log_every`` steps.
+
+    Trainer forgets the losses since its last log line when a checkpoint is continued, so without a line at each
+    checkpoint a resumed run would log other means than an undisturbed one.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save or control.should_evaluate or control.should_training_stop:
+            control.should_log = True
+        return control
+
+    on_epoch_end = on_step_end
 
 
 class ProgressDisplay(TrainerCallback):

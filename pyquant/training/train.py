@@ -1,11 +1,14 @@
 """The fine-tuning run: a configuration in, TRL's SFTTrainer, an adapter or a model and its metrics out."""
 
+import contextlib
+import dataclasses
 import json
 import os
-import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +25,8 @@ from .batches import (
 )
 from .card import write_card
 from .config import Config, TrainingConfig, nearest, parse_config, to_dict
-from .errors import ConfigError, DataError, full_disk_is_an_error, require
+from .errors import ConfigError, DataError, UserError, existing_folder, full_disk_is_an_error, require
+from .files import write_text
 from .hub import check_hub, upload
 from .launch import is_main_process, uses_fsdp
 from .measure import Measurements
@@ -51,6 +55,10 @@ __all__ = ["Result", "build_trainer", "find_checkpoint", "make_deterministic", "
 
 # A checkpoint may be continued longer or with another learning rate, but not on another model or other data.
 _FIXED_ON_RESUME = ("model", "quantization", "adapter", "partial", "data")
+
+
+# Their step is an evaluation, not one of the optimizer.
+_SCHEDULED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass
@@ -87,7 +95,10 @@ def plan_run(config: Config, console: Console | None = None) -> Plan:
         UserError: as `train`.
     """
     console = (console or Console()) if is_main_process() else Console(quiet=True)
-    return _check(config, console).plan
+    with _full_disks(config):
+        run = _check(config, console)
+    _print_plan(run, console)
+    return run.plan
 
 
 def train(config: Config, console: Console | None = None, model: "PreTrainedModel | None" = None) -> Result:
@@ -108,15 +119,23 @@ def train(config: Config, console: Console | None = None, model: "PreTrainedMode
             disk was full or the hub could not be reached.
     """
     console = (console or Console()) if is_main_process() else Console(quiet=True)
-    run = _check(config, console)
+    with _full_disks(config):
+        run = _check(config, console)
     if run.config.training.push_to_hub and is_main_process():
         check_hub(run.config.training.push_to_hub)
-    with full_disk_is_an_error(config.training.output_dir):
+    _print_plan(run, console)
+    with _full_disks(config):
         return _train(run, console, model)
 
 
+def _full_disks(config: Config) -> contextlib.AbstractContextManager[None]:
+    """Name a full disk that a run writes to: of its results, or of the caches of data and models."""
+    caches = (require("datasets.config").HF_DATASETS_CACHE, require("huggingface_hub.constants").HF_HUB_CACHE)
+    return full_disk_is_an_error(config.training.output_dir, *caches, tempfile.gettempdir())
+
+
 def _check(config: Config, console: Console) -> _Run:
-    """Check everything that a user can get wrong before the weights are read, and print the plan."""
+    """Check everything that a user can get wrong before the weights are read, and print what the rows are."""
     settings = config.training
     for module in ("trl", "datasets", "matplotlib", *(("tensorboard",) if settings.tensorboard else ())):
         require(module)
@@ -127,6 +146,7 @@ def _check(config: Config, console: Console) -> _Run:
     _check_names(config)
     method = resolve_method(config)
     _check_combinations(config, method)
+    _check_output(settings.output_dir)
     model_config = check_model(config.model.path)
     checkpoint = find_checkpoint(settings)
     if checkpoint:
@@ -165,12 +185,16 @@ def _check(config: Config, console: Console) -> _Run:
     plan = plan_of(batch_size)
     for line in prepared.report.lines(config.data):
         console.print(line, highlight=False, soft_wrap=True)
-    rate = measure_rate(device, choose_dtype(config.model.precision, device))
-    console.print(plan_table(plan, device, rate), highlight=False)
     check_disk(config, plan)
     return _Run(
         config, method, device, checkpoint, tokenizer, new_tokens, prepared, measurements, batch_size, sizes, plan
     )
+
+
+def _print_plan(run: _Run, console: Console) -> None:
+    """Print the plan; once nothing more can be refused, since the device is measured for it."""
+    rate = measure_rate(run.device, choose_dtype(run.config.model.precision, run.device))
+    console.print(plan_table(run.plan, run.device, rate), highlight=False)
 
 
 def _train(run: _Run, console: Console, model: "PreTrainedModel | None") -> Result:
@@ -192,7 +216,7 @@ def _train(run: _Run, console: Console, model: "PreTrainedModel | None") -> Resu
     output.mkdir(parents=True, exist_ok=True)
     if trainer.is_world_process_zero():
         text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-        (output / "config.yaml").write_text(text, encoding="utf-8")
+        write_text(output / "config.yaml", text)
         start = f", from {checkpoint}" if checkpoint else ""
         rows = f"{len(prepared.train)} rows" + (f", {len(prepared.eval)} held out" if prepared.eval else "")
         what = "adapter parameters" if uses_adapter(run.method) else "parameters"
@@ -209,14 +233,13 @@ def _train(run: _Run, console: Console, model: "PreTrainedModel | None") -> Resu
     if checkpoint and _is_finished(settings, checkpoint):
         # Trainer would take one step more. A run killed after its last checkpoint only lacks the results.
         _restore(trainer, checkpoint)
-        loss = None
     else:
-        loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics |= {
         "method": run.method,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "train_loss": loss,
+        "train_loss": _mean_loss(trainer.state.log_history),
         "train_seconds": time.perf_counter() - start_time,
         "train_rows": len(prepared.train),
         "parameters": run.plan.parameters,
@@ -259,7 +282,7 @@ def _save(run: _Run, trainer: "SFTTrainer", metrics: dict[str, Any], dtype: torc
         return folder
     if adapter:
         write_adapter_record(folder, config.model, config.quantization, config.data.end_token)
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_card(folder, config, run.method, metrics, adapter)
     if metrics["log"]:
         from .plots import plot_loss
@@ -272,14 +295,28 @@ def _save(run: _Run, trainer: "SFTTrainer", metrics: dict[str, Any], dtype: torc
             title = f"accuracy {scores['accuracy']:.3f}, macro F1 {scores['macro_f1']:.3f}"
             plot_confusion(scores["confusion_matrix"], scores["labels"], output / file, title)
     if settings.merge != "none":
-        merged = output / "merged"
-        if (merged / "pyquant-merge.json").is_file():
-            shutil.rmtree(merged)  # of this run, before it was continued
-        sentence = merge(config.model.path, folder, merged, settings.merge, precision=config.model.precision)
+        # What is there is this run's, from before it was continued.
+        precision = config.model.precision
+        sentence = merge(
+            config.model.path, folder, output / "merged", settings.merge, precision=precision, replace=True
+        )
         console.print(sentence, highlight=False, soft_wrap=True)
     if settings.push_to_hub:
         console.print(f"Uploaded to {upload(folder, settings.push_to_hub)}", highlight=False, soft_wrap=True)
     return folder
+
+
+def _mean_loss(history: list[dict[str, Any]]) -> float | None:
+    """The mean training loss of all steps; Trainer's own is of those since the run was last resumed.
+
+    An entry of the log is the mean of the steps since the entry before it, and `LogAtStops` leaves no step out.
+    """
+    total, last = 0.0, 0
+    for entry in history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    return total / last if last else None
 
 
 def build_trainer(
@@ -304,7 +341,7 @@ def build_trainer(
     from transformers.integrations import TensorBoardCallback
     from trl import SFTConfig
 
-    from .progress import ProgressDisplay
+    from .progress import LogAtStops, ProgressDisplay
     from .trainer import CompletionTrainer
 
     settings = config.training
@@ -340,10 +377,10 @@ def build_trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=settings.log_every,
         logging_first_step=True,  # the shortest run has a curve too
-        eval_strategy="steps" if eval_rows is not None and settings.eval_every else "no",
-        eval_steps=settings.eval_every,
-        save_strategy="steps",
-        save_steps=settings.save_every,
+        eval_strategy=_strategy(settings.eval_every) if eval_rows is not None else "no",
+        eval_steps=_interval(settings.eval_every),
+        save_strategy=_strategy(settings.save_every),
+        save_steps=_interval(settings.save_every) or 1,
         save_total_limit=settings.keep_checkpoints,
         load_best_model_at_end=keep_best,
         metric_for_best_model="eval_loss" if keep_best else None,
@@ -368,6 +405,7 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LogAtStops())
     trainer.add_callback(ProgressDisplay(console))
     if settings.early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping))
@@ -376,6 +414,15 @@ def build_trainer(
 
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(Path(settings.output_dir) / "tensorboard"))))
     return trainer
+
+
+def _strategy(every: int | str | None) -> str:
+    """Trainer's name for how often something is done."""
+    return "epoch" if every == "epoch" else "steps" if every else "no"
+
+
+def _interval(every: int | str | None) -> int | None:
+    return every if isinstance(every, int) and every else None
 
 
 def _fit_batch(trainer: "SFTTrainer", run: _Run, console: Console) -> None:
@@ -470,6 +517,62 @@ def _check_names(config: Config) -> None:
             raise ConfigError(f"{key} is {value}; {nearest(value, known)}")
     if "8bit" in config.training.optimizer or config.training.optimizer.startswith("paged"):
         require("bitsandbytes", None)
+    _check_optimizer(config.training.optimizer)
+    _check_scheduler(config.training.scheduler)
+
+
+def _check_optimizer(name: str) -> None:
+    """Refuse an optimizer that transformers cannot make, for lack of its package or of settings that it needs.
+
+    Raises:
+        ConfigError: the optimizer needs settings that a configuration does not have.
+        UserError: its package is not installed.
+    """
+    from transformers import Trainer, TrainingArguments
+
+    if name.startswith(("galore", "apollo")):  # they would first name their package, and then fail as well
+        raise ConfigError(
+            f"training.optimizer is {name}, which needs a list of layers that a configuration does not have; choose "
+            "another, such as adamw_torch_fused."
+        )
+    # Made anew, the arguments would set up the device and the other processes.
+    defaults = {item.name: item.default for item in dataclasses.fields(TrainingArguments)}
+    arguments = SimpleNamespace(**defaults | {"optim": name})
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, torch.nn.Linear(1, 1))
+    except ImportError as error:
+        raise UserError(f"training.optimizer is {name}, which is not installed: {_first_line(error)}.") from error
+    except Exception as error:
+        raise ConfigError(
+            f"training.optimizer is {name}, which cannot be used: {_first_line(error)}; choose another, such as "
+            "adamw_torch_fused."
+        ) from error
+
+
+def _check_scheduler(name: str) -> None:
+    """Refuse a learning-rate schedule that needs settings which a configuration does not have."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    try:
+        get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=2)
+    except Exception as error:
+        raise ConfigError(
+            f"training.scheduler is {name}, which cannot be used: {_first_line(error)}; choose another, such as cosine."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _check_output(folder: str) -> None:
+    """Refuse a folder that cannot be made or written to."""
+    found = existing_folder(folder)
+    if not found.is_dir():
+        raise ConfigError(f"training.output_dir is {folder}, but {found} is a file; name another folder.")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise ConfigError(f"training.output_dir is {folder}, but {found} cannot be written to; name another folder.")
 
 
 def _check_combinations(config: Config, method: str) -> None:
@@ -482,11 +585,24 @@ def _check_combinations(config: Config, method: str) -> None:
             raise ConfigError(
                 f"{key} compares evaluations; set data.eval or data.eval_fraction, and training.eval_every."
             )
-        if settings.save_every % settings.eval_every:
+        if not settings.save_every:
+            raise ConfigError(f"{key} goes back to a checkpoint; set training.save_every to {settings.eval_every}.")
+        epochs = [settings.save_every == "epoch", settings.eval_every == "epoch"]
+        if any(epochs) and not all(epochs):
+            raise ConfigError(
+                f"{key} needs an evaluation at every checkpoint; training.save_every ({settings.save_every}) and "
+                f"training.eval_every ({settings.eval_every}) must both be epoch, or both be steps."
+            )
+        if not any(epochs) and settings.save_every % settings.eval_every:
             raise ConfigError(
                 f"{key} needs an evaluation at every checkpoint; training.save_every ({settings.save_every}) must be a "
                 f"multiple of training.eval_every ({settings.eval_every})."
             )
+    if settings.scheduler in _SCHEDULED_BY_EVALUATION and not (evaluates and settings.eval_every):
+        raise ConfigError(
+            f"training.scheduler is {settings.scheduler}, which follows evaluations; set data.eval or "
+            "data.eval_fraction, and training.eval_every."
+        )
     if settings.merge != "none" and not uses_adapter(method):
         raise ConfigError(
             f"training.merge is {settings.merge}, but the method {method} leaves a model; set it to none."
@@ -566,7 +682,17 @@ def _check_same_run(config: Config, checkpoint: Path) -> None:
     file = checkpoint.parent / "config.yaml"
     if not file.is_file():
         return
-    then = to_dict(parse_config(yaml.safe_load(file.read_text(encoding="utf-8"))))
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not tree:
+            raise ConfigError("it is empty")
+        then = to_dict(parse_config(tree))
+    except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
+        reason = str(error) if isinstance(error, ConfigError) else "it is not valid YAML"
+        raise ConfigError(
+            f"{file}, which says what {checkpoint} was made with, cannot be read: {reason.rstrip('.')}; write "
+            "that run's configuration there again, or delete the file if nothing in it was changed."
+        ) from error
     now = to_dict(config)
     methods = [resolve_method(parse_config(tree)) for tree in (then, now)]
     if methods[0] != methods[1]:

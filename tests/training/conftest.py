@@ -40,6 +40,23 @@ def settings(tiny_model, data_file, tmp_path):
     }
 
 
+@pytest.fixture
+def repeated():
+    """All that metrics.json of a folder holds except what no two runs share: times, memory, where it was resumed."""
+
+    def read(folder):
+        metrics = json.loads((folder / "metrics.json").read_text())
+        varying = {"train_seconds", "peak_memory_bytes", "resumed_from_step"}
+        times = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+        assert varying <= metrics.keys()
+        kept = {key: value for key, value in metrics.items() if key not in varying}
+        return kept | {
+            "log": [{key: value for key, value in e.items() if key not in times} for e in metrics["log"]],
+        }
+
+    return read
+
+
 @pytest.fixture(scope="session")
 def adapter(tiny_model, tmp_path_factory):
     """Folder of an adapter trained on FP4 weights, with the blocksize 128 that nothing has by default."""

@@ -1,7 +1,9 @@
 """Stopping, the best model, kills at bad moments, logs, uploads, and what goes wrong outside of the program."""
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,11 @@ import yaml
 from safetensors.torch import load_file
 
 from pyquant.training.config import parse_config
-from pyquant.training.errors import ConfigError, DataError, UserError
+from pyquant.training.errors import ConfigError, DataError, UserError, full_disk_is_an_error
 
 pytest.importorskip("trl")
 
-from pyquant.training.train import train
+from pyquant.training.train import plan_run, train
 
 
 def evaluations(metrics):
@@ -60,6 +62,10 @@ def test_early_stopping_ends_with_the_best(worsening, tmp_path):
     ("change", "message"),
     [
         ({"eval_every": None}, r"training\.early_stopping compares evaluations"),
+        ({"eval_every": 0}, r"training\.early_stopping compares evaluations"),
+        ({"save_every": 0}, r"training\.early_stopping goes back to a checkpoint; set training\.save_every to 2"),
+        ({"save_every": "epoch"}, r"save_every \(epoch\) and training\.eval_every \(2\) must both be epoch, or both"),
+        ({"eval_every": "epoch"}, r"save_every \(2\) and training\.eval_every \(epoch\) must both be epoch, or both"),
         ({"save_every": 3}, r"save_every \(3\) must be a multiple of training\.eval_every \(2\)"),
     ],
 )
@@ -67,6 +73,44 @@ def test_stopping_without_evaluations_is_refused(worsening, change, message):
     worsening["training"] |= change
     with pytest.raises(ConfigError, match=message):
         train(parse_config(worsening))
+
+
+def test_epochs_are_saved_and_evaluated_and_the_best_is_kept(worsening, tmp_path):
+    worsening["training"] |= {"max_steps": None, "epochs": 4, "eval_every": "epoch", "save_every": "epoch"}
+    worsening["training"] |= {"early_stopping": 1, "keep_checkpoints": None}
+    run = train(parse_config(worsening))
+    losses = evaluations(run.metrics)[:-1]
+    steps = [entry["step"] for entry in run.metrics["log"] if "eval_loss" in entry][:-1]
+    epochs = len(losses)
+    assert epochs < 4  # the next one is worse
+    assert losses[-1] > min(losses)
+    assert steps == [9 * (epoch + 1) for epoch in range(epochs)]
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{step}" for step in steps}
+    assert evaluations(run.metrics)[-1] == pytest.approx(min(losses), rel=1e-3)
+
+
+def test_a_run_of_epochs_goes_on_from_the_last(settings, tmp_path, repeated):
+    settings["training"] |= {"max_steps": None, "scheduler": "constant", "save_every": "epoch", "log_every": 4}
+    settings["training"] |= {"output_dir": str(tmp_path / "whole"), "epochs": 2}
+    train(parse_config(settings))
+    settings["training"] |= {"output_dir": str(tmp_path / "parts"), "epochs": 1}
+    train(parse_config(settings))
+    settings["training"]["epochs"] = 2
+    assert train(parse_config(settings)).metrics["resumed_from_step"] == 9
+    assert repeated(tmp_path / "parts") == repeated(tmp_path / "whole")
+
+
+def test_nothing_is_saved_or_evaluated_on_the_way_where_that_is_off(settings, tmp_path, data_file):
+    settings["data"]["eval"] = str(data_file)
+    settings["training"] |= {"save_every": 0, "eval_every": 0, "log_every": 4}
+    metrics = train(parse_config(settings)).metrics
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert [("eval_loss" in entry, entry["step"]) for entry in metrics["log"]] == [
+        (False, 1),
+        (False, 4),
+        (False, 6),  # the last steps count in train_loss too
+        (True, 6),
+    ]
 
 
 _KILLED_RUN = """
@@ -92,6 +136,12 @@ elif moment == "accumulating":
         self.half = self.state.global_step == 5
         return step(self, *args, **kwargs)
     Trainer.training_step = dies
+elif moment == "merging":  # the merged weights are there, what says that they are whole is not
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+    Tokenizer.save_pretrained_ = Tokenizer.save_pretrained
+    def dies(self, folder, *args, **kwargs):
+        kill() if "merged" in str(folder) else self.save_pretrained_(folder, *args, **kwargs)
+    Tokenizer.save_pretrained = dies
 else:  # after the last checkpoint, before the results
     Trainer.save_model_ = Trainer.save_model
     def dies(self, folder=None, *args, **kwargs):
@@ -101,8 +151,9 @@ train(parse_config(yaml.safe_load(open(file))))
 """
 
 
-def test_a_run_killed_at_bad_moments_ends_as_an_undisturbed_one(settings, tmp_path, data_file):
-    """While saving, within an accumulated step, before the results; with a mixture, packing, dropout, the best."""
+def test_a_run_killed_at_bad_moments_ends_as_an_undisturbed_one(settings, tmp_path, data_file, repeated):
+    """While saving, within an accumulated step, before the results, while merging; with a mixture, packing, dropout,
+    the best, and checkpoints between two log lines."""
     general = tmp_path / "general.jsonl"
     general.write_text("".join(json.dumps({"text": f"the cat sat on mat {i}"}) + "\n" for i in range(5)))
     settings["data"] |= {"packing": True, "max_length": 16, "mix": {str(general): 0.25}, "eval": str(data_file)}
@@ -113,34 +164,34 @@ def test_a_run_killed_at_bad_moments_ends_as_an_undisturbed_one(settings, tmp_pa
         "batch_size": 2,
         "gradient_accumulation": 2,
         "eval_every": 2,
+        "log_every": 3,
         "keep_best": True,
+        "merge": "16bit",
         "output_dir": str(tmp_path / "whole"),
     }
-    whole = train(parse_config(settings)).metrics
+    train(parse_config(settings))
 
     settings["training"]["output_dir"] = str(tmp_path / "killed")
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(settings))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     found = []
-    for moment in ("saving", "accumulating", "results"):
+    for moment in ("saving", "accumulating", "results", "merging"):
         run = subprocess.run([sys.executable, "-c", _KILLED_RUN, moment, str(file)], env=environment, timeout=120)
         assert run.returncode == -9
-        assert not (tmp_path / "killed" / "metrics.json").exists()
+        assert (tmp_path / "killed" / "metrics.json").exists() == (moment == "merging")
+        assert not (tmp_path / "killed" / "merged").exists()
         states = (tmp_path / "killed").glob("checkpoint-*/trainer_state.json")
         found.append(max(int(state.parent.name.removeprefix("checkpoint-")) for state in states))
-    assert found == [2, 4, 8]
-    resumed = train(parse_config(settings)).metrics
-    assert resumed["resumed_from_step"] == 8
-    logs = [
-        [{key: value for key, value in entry.items() if "second" not in key and "runtime" not in key} for entry in log]
-        for log in (resumed["log"], whole["log"])
-    ]
-    assert logs[0] == logs[1]
-    assert resumed["after"] == whole["after"]
-    assert resumed["before"] == whole["before"]
-    a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "killed"))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert found == [2, 4, 8, 8]
+    assert train(parse_config(settings)).metrics["resumed_from_step"] == 8
+    assert repeated(tmp_path / "killed") == repeated(tmp_path / "whole")
+    for weights in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
+        a, b = (load_file(tmp_path / name / weights) for name in ("whole", "killed"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    # Called once more, it replaces its own results.
+    train(parse_config(settings))
+    assert sorted(path.name for path in (tmp_path / "killed").glob("merged*")) == ["merged"]
 
 
 def test_forgetting_is_measured_before_and_after(settings, tmp_path):
@@ -201,6 +252,21 @@ def test_8bit_optimizers_train_where_bitsandbytes_is_and_are_refused_elsewhere(s
     assert log[-1]["loss"] < log[0]["loss"]
 
 
+def test_paged_optimizers_are_known(settings):
+    pytest.importorskip("bitsandbytes")
+    settings["training"]["optimizer"] = "paged_adamw_8bit"
+    plan = plan_run(parse_config(settings))
+    assert plan.optimizer == 2 * plan.trainable
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="paged memory is the GPU's")
+def test_paged_optimizers_train(settings):
+    pytest.importorskip("bitsandbytes")
+    settings["training"]["optimizer"] = "paged_adamw_8bit"
+    log = train(parse_config(settings)).metrics["log"]
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
 def test_the_result_is_uploaded(settings, monkeypatch):
     import huggingface_hub
 
@@ -254,9 +320,87 @@ def test_rows_beyond_the_context_are_counted(settings, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_told(settings, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.json").symlink_to("/dev/full")
+    (tmp_path / "run" / "metrics.json.tmp").symlink_to("/dev/full")
     settings["training"]["max_steps"] = 2
     with pytest.raises(UserError, match=r"the disk of .*run is full; free some space and start again"):
         train(parse_config(settings))
-    (tmp_path / "run" / "metrics.json").unlink()
+    assert not list((tmp_path / "run").glob("metrics.json*"))
     assert train(parse_config(settings)).metrics["resumed_from_step"] == 2
+
+
+_FULL_DISK = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from pyquant.training.errors import FullDiskError, UserError, full_disk_is_an_error
+
+folder = Path(sys.argv[1])
+
+def wrapped(file):  # as the data sets' builders do
+    try:
+        file.write_bytes(bytes(10**5))
+    except OSError as error:
+        raise UserError("the data cannot be read") from error
+
+def nested(file):
+    with full_disk_is_an_error(file.parent):
+        wrapped(file)
+
+for write in (
+    lambda file: torch.save({"a": torch.zeros(10**5)}, file),
+    lambda file: save_file({"a": torch.zeros(10**5)}, file),
+    lambda file: file.write_bytes(bytes(10**5)),
+    wrapped,
+    nested,
+):
+    try:
+        with full_disk_is_an_error("/", folder / "run"):
+            write(folder / "file")
+        sys.exit("written")
+    except FullDiskError as error:
+        assert f"the disk of {folder}" in str(error) and "is full; free some space" in str(error), error
+    (folder / "file").unlink(missing_ok=True)
+"""
+
+
+def test_every_writer_of_a_full_disk_is_understood(tmp_path):
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=64k tmpfs {tmp_path}"
+    if shutil.which("unshare") is None or subprocess.run([*namespace, mount], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = f'{mount} && exec "$0" -c "$1" {tmp_path}'
+    run = subprocess.run(
+        [*namespace, command, sys.executable, _FULL_DISK], env=environment, timeout=120, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "PytorchStreamWriter failed writing file data/0: file write failed",  # torch 2.10
+        "[enforce fail at inline_container.cc:672] . unexpected pos 43200 vs 43092",  # torch 2.13
+    ],
+)
+def test_torchs_words_for_a_full_disk_are_understood(tmp_path, text):
+    with pytest.raises(UserError, match=f"the disk of {tmp_path} is full"), full_disk_is_an_error(tmp_path):
+        raise RuntimeError(text)
+    with pytest.raises(RuntimeError, match="something else"), full_disk_is_an_error(tmp_path):
+        raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize("call", [plan_run, train])
+def test_a_full_cache_is_told_by_its_own_name(settings, tmp_path, monkeypatch, call):
+    from datasets import Dataset
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Dataset, "map", full)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=0 if path.name == "cache" else 10**9))
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(UserError, match=r"the disk of .*/cache is full; free some space"):
+        call(parse_config(settings))

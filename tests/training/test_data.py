@@ -4,7 +4,7 @@ import pytest
 
 from pyquant.training.config import DataConfig
 from pyquant.training.data import load_rows, load_splits, render_prompt, row_prompt
-from pyquant.training.errors import DataError
+from pyquant.training.errors import ConfigError, DataError
 from pyquant.training.models import load_tokenizer
 from pyquant.training.tokens import prompt_and_answer
 
@@ -57,8 +57,6 @@ def test_text_rows(tmp_path):
         ([{"prompt": "a", "answer": "b"}], {}, r"no column completion or output; its columns are prompt, answer"),
         ([{"prompt": "a", "answer": "b"}], {"completion": "anser"}, r"no column anser, which data\.completion names"),
         ([{"prompt": "a", "completion": "b"}], {"prompt": "{q}"}, r"no column q, which data\.prompt names"),
-        ([{"prompt": "a", "completion": "b"}], {"prompt": "{q"}, r"data\.prompt is not a template"),
-        ([{"prompt": "a", "completion": "b"}], {"prompt": "q"}, r"data\.prompt names no column"),
         ([{"prompt": "a", "completion": 3}], {}, r"row 1 of .* has a int in column completion"),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "c"}], {}, r"row 2 of .* has nothing in column completion"),
         ([], {}, "is empty"),
@@ -67,6 +65,15 @@ def test_text_rows(tmp_path):
 def test_what_is_wrong_with_a_file_is_named(tmp_path, rows, config, message):
     with pytest.raises(DataError, match=message):
         load_rows(write(tmp_path, rows), DataConfig(**config))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"), [("{q", r"data\.prompt is not a template"), ("q", r"data\.prompt names no column")]
+)
+def test_a_broken_template_is_the_configurations_mistake(tmp_path, prompt, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_rows(write(tmp_path, [{"prompt": "a", "completion": "b"}]), DataConfig(prompt=prompt))
+    assert error.value.exit_code == 2
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -81,6 +88,13 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "d.csv").write_text("prompt,completion\n")
     with pytest.raises(DataError, match="has no rows"):
         load_rows(str(tmp_path / "d.csv"))
+    pandas = pytest.importorskip("pandas")
+    pandas.DataFrame({"prompt": [], "completion": []}, dtype=str).to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"d\.parquet has no rows; training needs at least one"):
+        load_rows(str(tmp_path / "d.parquet"))
+    (tmp_path / "d.parquet").write_text("PAR1")
+    with pytest.raises(DataError, match="cannot be read as parquet"):
+        load_rows(str(tmp_path / "d.parquet"))
 
 
 def test_held_out_rows_are_not_trained_on(tmp_path):

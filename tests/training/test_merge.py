@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -6,6 +7,8 @@ import torch
 from pyquant.generation import load_for_inference
 from pyquant.training.errors import ConfigError, ModelError
 from pyquant.training.merge import merge
+
+merge_module = sys.modules["pyquant.training.merge"]
 
 
 def logits(model, tokenizer):
@@ -29,6 +32,23 @@ def test_the_merged_model_is_the_base_that_it_says(tiny_model, adapter, tmp_path
     assert record["statement"] == sentence
     assert ("dequantized FP4 weights" in sentence and "blocksize 128" in sentence) == (base == "4bit")
     assert ("original float32 weights" in sentence) == (base == "16bit")
+
+
+def test_a_merged_model_is_whole_or_not_there(tiny_model, adapter, tmp_path, monkeypatch):
+    output = tmp_path / "merged"
+    for folder in (output, tmp_path / "merged.tmp"):  # of an earlier run, and of one that was killed
+        folder.mkdir()
+        (folder / "old").touch()
+    options = {"precision": "fp32", "replace": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_module.json, "dumps", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            merge(str(tiny_model), adapter, output, **options)
+    assert [file.name for file in output.iterdir()] == ["old"]
+    merge(str(tiny_model), adapter, output, **options)
+    assert {"pyquant-merge.json", "config.json", "tokenizer.json"} <= {file.name for file in output.iterdir()}
+    assert not (output / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def test_mistakes_are_named(tiny_model, adapter, tmp_path):

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -152,6 +153,65 @@ def test_the_plan_counts_what_is_trained_and_held(settings, method):
         assert plan.trainable == plan.parameters
 
 
+@pytest.mark.parametrize("method", ["qlora", "lora", "partial", "full"])
+def test_the_plan_counts_what_is_on_the_disk(settings, tmp_path, method):
+    """In 16 bits, where what is held in memory is not what is saved; with new tokens' rows beside the adapter."""
+    settings["model"]["precision"] = "bf16"
+    settings["data"]["special_tokens"] = ["<new>"]
+    settings["partial"] = {"last_layers": 1}
+    settings["training"] |= {"method": method, "max_steps": 2, "merge": "16bit" if "lora" in method else "none"}
+    config = parse_config(settings)
+    plan = plan_run(config)
+    folder = train(config).folder
+
+    def size(*names):
+        return sum(file.stat().st_size for name in names for file in (tmp_path / "run").glob(name))
+
+    saved = size("checkpoint-2/*.safetensors", "checkpoint-2/optimizer.pt")
+    assert plan.checkpoint == pytest.approx(saved, rel=0.1 if "lora" in method else 0.02)
+    left = size(f"{folder.name}/*.safetensors", "merged/*.safetensors")
+    assert plan.result == pytest.approx(left, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("training", "count"),
+    [
+        ({}, 3),  # two are kept, and one more is written before the oldest is removed
+        ({"keep_checkpoints": None}, 5),
+        ({"save_every": 5}, 2),
+        ({"save_every": "epoch"}, 2),
+        ({"save_every": 0}, 0),
+    ],
+)
+def test_the_disk_holds_the_kept_checkpoints(settings, tmp_path, monkeypatch, training, count):
+    settings["training"] |= {"max_steps": 10} | training  # 1.1 epochs
+    plan = plan_run(parse_config(settings))
+    usage = shutil.disk_usage(tmp_path)
+    needed = count * plan.checkpoint + plan.result
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=needed))
+    check_disk(parse_config(settings), plan)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(UserError, match="the checkpoints and the result need"):
+        check_disk(parse_config(settings), plan)
+
+
+def test_the_device_is_not_measured_for_a_run_that_is_refused(settings, monkeypatch):
+    module = sys.modules["pyquant.training.train"]
+    monkeypatch.setattr(module, "measure_rate", lambda *a: pytest.fail("the device was measured"))
+
+    def refuse(*args):
+        raise UserError("refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "check_disk", refuse)
+        with pytest.raises(UserError, match="refused"):
+            plan_run(parse_config(settings))
+    settings["training"]["push_to_hub"] = "me/it"
+    monkeypatch.setattr(module, "check_hub", refuse)
+    with pytest.raises(UserError, match="refused"):
+        train(parse_config(settings))
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(settings, tmp_path, capsys, monkeypatch):
     import yaml
 
@@ -171,6 +231,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(settings, tmp_path, capsys
     steps = 2 * math.ceil(36 / 8)
     for text in ("36 sequences, 216 tokens", f"{steps} steps", "memory: optimizer", "expected time", "fits"):
         assert text in out
+    assert out.index("36 rows, 216 tokens (72 targets) per epoch; tokens per row: 5 to 7, median 6, ") < out.index(
+        "plan"
+    )
+    assert "27 rows repeat another one: kept; data.deduplicate drops them" in out
     assert not (tmp_path / "run").exists()
 
 

@@ -12,12 +12,12 @@ import yaml
 from safetensors.torch import load_file
 
 from pyquant.training.config import parse_config
-from pyquant.training.errors import ConfigError, DataError, ModelError
+from pyquant.training.errors import ConfigError, DataError, ModelError, UserError
 from pyquant.training.models import adapter_record
 
 pytest.importorskip("trl")
 
-from pyquant.training.train import find_checkpoint, train
+from pyquant.training.train import find_checkpoint, plan_run, train
 
 QUANTIZATIONS = ["none", "nf4"]
 
@@ -54,6 +54,70 @@ def test_a_run_repeats_exactly(settings, tmp_path):
         settings["adapter"]["dropout"] = 0.1
         losses.append([e["loss"] for e in train(parse_config(settings)).metrics["log"]])
     assert losses[0] == losses[1]
+
+
+def test_another_seed_is_another_run(settings, tmp_path):
+    """Another order of the rows, which the losses show; and other first weights of the adapter."""
+    runs = []
+    for seed in (0, 1):
+        settings["training"] |= {
+            "output_dir": str(tmp_path / str(seed)),
+            "seed": seed,
+            "learning_rate": 0,
+            "max_steps": 2,
+        }
+        runs.append(train(parse_config(settings)))
+    losses = [[e["loss"] for e in run.metrics["log"]] for run in runs]
+    assert losses[0] != losses[1]
+    a, b = (load_file(run.folder / "adapter_model.safetensors") for run in runs)
+    assert all(torch.equal(a[key], b[key]) == ("lora_B" in key) for key in a)
+
+
+def test_rates_clipping_and_kept_checkpoints_are_those_asked_for(settings, tmp_path):
+    settings["training"] |= {
+        "warmup": 2,
+        "scheduler": "linear",
+        "learning_rate": 0.3,
+        "optimizer": "sgd",
+        "max_grad_norm": 1e-3,
+        "save_every": 1,
+        "keep_checkpoints": 3,
+    }
+    result = train(parse_config(settings))
+    log = result.metrics["log"]
+    # Up over two steps, down over the four others; the rate of a line is that of its own step.
+    rates = [0.0, 0.15, 0.3, 0.225, 0.15, 0.075]
+    assert [entry["learning_rate"] for entry in log] == pytest.approx(rates)
+    assert min(entry["grad_norm"] for entry in log) > 1e-3
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (4, 5, 6)}
+    # Each step of SGD is as long as its rate times the clipped norm.
+    before, after = (
+        load_file(tmp_path / "run" / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (4, 5)
+    )
+    length = sum((after[key] - before[key]).square().sum() for key in before).sqrt().item()
+    assert length == pytest.approx(rates[4] * 1e-3, rel=1e-2)
+
+
+def test_the_curves_are_those_of_the_metrics(settings, data_file, monkeypatch):
+    from pyquant.training import plots
+
+    figures, figure = [], plots._figure
+    monkeypatch.setattr(plots, "_figure", lambda *size: figures.append(figure(*size)) or figures[-1])
+    settings["data"]["eval"] = str(data_file)
+    settings["training"]["eval_every"] = 2
+    log = train(parse_config(settings)).metrics["log"]
+    names = [
+        ["loss", "eval_loss"],
+        ["mean_token_accuracy", "eval_mean_token_accuracy"],
+        ["learning_rate"],
+    ]
+    (drawn,) = figures
+    for axes, keys in zip(drawn.axes, names, strict=True):
+        assert len(axes.lines) == len(keys)
+        for line, key in zip(axes.lines, keys, strict=True):
+            points = [(entry["step"], entry[key]) for entry in log if key in entry]
+            assert len(points) >= 4
+            assert list(map(tuple, line.get_xydata())) == points
 
 
 def test_the_loss_is_trls(settings, tiny_model, data_file):
@@ -122,11 +186,12 @@ train(parse_config(yaml.safe_load(open(sys.argv[1]))))
 """
 
 
-def test_a_killed_run_ends_as_an_undisturbed_one(settings, tmp_path):
+def test_a_killed_run_ends_as_an_undisturbed_one(settings, tmp_path, repeated):
     settings["adapter"]["dropout"] = 0.1  # so that the random state matters
     settings["quantization"] = {"method": "nf4"}
     settings["training"] |= {"max_steps": 8, "output_dir": str(tmp_path / "whole")}
     whole = train(parse_config(settings)).metrics
+    assert whole["train_loss"] == pytest.approx(sum(e["loss"] for e in whole["log"]) / 8)
 
     settings["training"]["output_dir"] = str(tmp_path / "killed")
     file = tmp_path / "c.yaml"
@@ -144,9 +209,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(settings, tmp_path):
 
     resumed = train(parse_config(settings)).metrics
     assert resumed["resumed_from_step"] in (4, 6)
-    ours = {e["step"]: e["loss"] for e in resumed["log"]}
-    theirs = {e["step"]: e["loss"] for e in whole["log"]}
-    assert ours == theirs
+    assert repeated(tmp_path / "killed") == repeated(tmp_path / "whole")
     a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -194,6 +257,29 @@ def test_another_adapter_is_not_resumed(settings):
         train(parse_config(settings))
 
 
+@pytest.mark.parametrize("inside", ["", "deep/run"])
+def test_a_file_in_the_place_of_the_results_is_named(settings, tmp_path, inside):
+    file = tmp_path / "file"
+    file.write_text("")
+    settings["training"]["output_dir"] = str(file / inside)
+    for call in (plan_run, train):
+        with pytest.raises(ConfigError, match=r"training\.output_dir is .*, but .*file is a file; name another"):
+            call(parse_config(settings))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("", "it is empty"), ("data: {train: [", "it is not valid YAML"), ("data: {x: 1}", r"data\.x is not")],
+)
+def test_a_broken_record_of_a_run_is_named(settings, tmp_path, text, reason):
+    settings["training"]["max_steps"] = 2
+    train(parse_config(settings))
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"config\.yaml, which says what .*checkpoint-2 .*: {reason}") as error:
+        plan_run(parse_config(settings))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value", "error", "message"),
     [
@@ -205,6 +291,12 @@ def test_another_adapter_is_not_resumed(settings):
         ("training", "resume", "./absent", ConfigError, "holds no checkpoint"),
         ("training", "scheduler", "cosin", ConfigError, r"did you mean cosine\?"),
         ("training", "optimizer", "adamw", ConfigError, r"training\.optimizer is adamw"),
+        ("training", "scheduler", "cosine_with_min_lr", ConfigError, r"is cosine_with_min_lr, which cannot .*min"),
+        ("training", "scheduler", "warmup_stable_decay", ConfigError, r"warmup_stable_decay, .*num_decay_steps"),
+        ("training", "scheduler", "reduce_lr_on_plateau", ConfigError, r"which follows evaluations; set data\.eval or"),
+        ("training", "optimizer", "galore_adamw", ConfigError, r"optimizer is galore_adamw, which needs a list"),
+        ("training", "optimizer", "grokadamw", UserError, r"training\.optimizer is grokadamw, .*install grokadamw"),
+        ("data", "prompt", "{prompt", ConfigError, r"data\.prompt is not a template"),
         ("model", "attention", "flesh", ConfigError, r"model\.attention is flesh"),
         ("adapter", "target_modules", ["q_prj"], ModelError, r"q_prj"),
     ],
