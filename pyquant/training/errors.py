@@ -20,7 +20,11 @@ __all__ = [
     "require",
 ]
 
-_ARCHIVE_WRITER = re.compile(r"PytorchStreamWriter failed writing|inline_container\.cc.*unexpected pos", re.DOTALL)
+# The last is how a small archive fails, which is written when it is closed.
+_ARCHIVE_WRITER = re.compile(
+    r"PytorchStreamWriter failed writing|inline_container\.cc.*unexpected pos|basic_ios::clear: iostream error",
+    re.DOTALL,
+)
 
 
 class UserError(Exception):
