@@ -20,6 +20,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(no_gpu)
 
 
+@pytest.fixture
+def skip_without_assets():
+    """Skips the test for want of what a package index would give. Where one is meant to be reachable a skip would hide
+    that nothing was tested: with PYQUANT_TEST_REQUIRE_ASSETS=1 nothing happens, and the failure is told."""
+
+    def skip(reason: str) -> None:
+        if os.environ.get("PYQUANT_TEST_REQUIRE_ASSETS", "0") in ("", "0"):
+            pytest.skip(f"needs the package index: {reason}")
+
+    return skip
+
+
 @pytest.fixture(params=DEVICES)
 def device(request) -> str:
     """Runs the test on the CPU, and on the GPU where there is one."""
