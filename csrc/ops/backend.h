@@ -119,15 +119,18 @@ class Cuda {
   }
   void linear_4bit(const QuantizedMatrix& weight, const Activation& x, const void* bias, const cuda::LowRank& lora,
                    Tensor& y) const {
-    const Workspace scratch(y, cuda::linear_4bit_workspace(weight, x.dtype, x.rows, x.data(), lora));
-    const bool prepared = cuda::linear_4bit_prepare(weight, x.dtype, x.rows, x.data(), lora, scratch.data, stream_);
+    const Workspace scratch(y,
+                            cuda::linear_workspace(LinearDirection::kForward, weight, x.dtype, x.rows, x.data(), lora));
+    const bool prepared =
+        cuda::linear_prepare(LinearDirection::kForward, weight, x.dtype, x.rows, x.data(), lora, scratch.data, stream_);
     cuda::linear_4bit(weight, x.dtype, x.rows, x.data(), bias, lora, y.data_ptr(), scratch.data, prepared, stream_);
   }
   void linear_4bit_dx(const QuantizedMatrix& weight, const Activation& dy, const cuda::LowRank& lora,
                       const Dropout& dropout, Tensor& dx) const {
-    const Workspace scratch(dx, cuda::linear_4bit_dx_workspace(weight, dy.dtype, dy.rows, dy.data(), lora));
+    const Workspace scratch(dx,
+                            cuda::linear_workspace(LinearDirection::kDx, weight, dy.dtype, dy.rows, dy.data(), lora));
     const bool prepared =
-        cuda::linear_4bit_dx_prepare(weight, dy.dtype, dy.rows, dy.data(), lora, scratch.data, stream_);
+        cuda::linear_prepare(LinearDirection::kDx, weight, dy.dtype, dy.rows, dy.data(), lora, scratch.data, stream_);
     cuda::linear_4bit_dx(weight, dy.dtype, dy.rows, dy.data(), lora, dropout, dx.data_ptr(), scratch.data, prepared,
                          stream_);
   }
@@ -137,12 +140,16 @@ class Cuda {
     const int64_t rank = adapter.rank;
     cuda::LowRank lora{xa.data_ptr(), adapter.b.data_ptr(), rank, !dropout.active(), false};
     const auto word = [&] {
-      return dropout.active() ? nullptr : cuda::take_word(true, weight, x.dtype, x.rows, rank, stream_);
+      return dropout.active() ? nullptr
+                              : cuda::take_word(LinearDirection::kForward, weight, x.dtype, x.rows, rank, stream_);
     };
-    const Workspace scratch(y, cuda::linear_4bit_workspace(weight, x.dtype, x.rows, x.data(), lora));
-    const bool prepared = cuda::linear_4bit_prepare(weight, x.dtype, x.rows, x.data(), lora, scratch.data, stream_);
+    const Workspace scratch(y,
+                            cuda::linear_workspace(LinearDirection::kForward, weight, x.dtype, x.rows, x.data(), lora));
+    const bool prepared =
+        cuda::linear_prepare(LinearDirection::kForward, weight, x.dtype, x.rows, x.data(), lora, scratch.data, stream_);
     const Factor b(
-        adapter.b, x.dtype, [&] { return cuda::linear_4bit_reads_float(weight, x.dtype, x.rows, x.data(), lora); },
+        adapter.b, x.dtype,
+        [&] { return cuda::linear_reads_float(LinearDirection::kForward, weight, x.dtype, x.rows, x.data(), lora); },
         stream_);
     // The last launch before lora_down: where it sets a word, all else has to be in place.
     const Factor a(
@@ -159,17 +166,18 @@ class Cuda {
     cuda::LowRank lora{dya.data_ptr(), adapter.a.data_ptr(), rank, !dropout.active(), false};
     const bool beside = needs_dx && !dropout.active();
     const auto word = [&] {
-      return beside ? cuda::take_word(false, weight, dy.dtype, dy.rows, rank, stream_) : nullptr;
+      return beside ? cuda::take_word(LinearDirection::kDx, weight, dy.dtype, dy.rows, rank, stream_) : nullptr;
     };
-    const Workspace scratch(dx,
-                            needs_dx ? cuda::linear_4bit_dx_workspace(weight, dy.dtype, dy.rows, dy.data(), lora) : 0);
-    const bool prepared =
-        needs_dx && cuda::linear_4bit_dx_prepare(weight, dy.dtype, dy.rows, dy.data(), lora, scratch.data, stream_);
+    const Workspace scratch(
+        dx, needs_dx ? cuda::linear_workspace(LinearDirection::kDx, weight, dy.dtype, dy.rows, dy.data(), lora) : 0);
+    const bool prepared = needs_dx && cuda::linear_prepare(LinearDirection::kDx, weight, dy.dtype, dy.rows, dy.data(),
+                                                           lora, scratch.data, stream_);
     std::optional<Factor> a;
     if (needs_dx) {
       a.emplace(
           adapter.a, dy.dtype,
-          [&] { return cuda::linear_4bit_dx_reads_float(weight, dy.dtype, dy.rows, dy.data(), lora); }, stream_);
+          [&] { return cuda::linear_reads_float(LinearDirection::kDx, weight, dy.dtype, dy.rows, dy.data(), lora); },
+          stream_);
       lora.factor = a->data(), lora.float_factor = a->is_float;
     }
     // The last launch before lora_dya, likewise.

@@ -672,7 +672,7 @@ def test_the_launch_that_speaks_for_all_before_is_the_last_one(monkeypatch, dire
     monkeypatch.setenv("PYQUANT_KERNEL", "wgmma:256:1:256")
     weight, exact = quantized(size, size, device="cuda")
     lora_A, lora_B = adapter(size, size, rank, torch.float32, "cuda")
-    lora_A, lora_B = misaligned(lora_A, which == "first"), misaligned(lora_B, which == "second")
+    lora_A, lora_B = misaligned(lora_A, int(which == "first")), misaligned(lora_B, int(which == "second"))
     x, other = (torch.randn(rows, size, device="cuda").bfloat16() for _ in range(2))
     xa = torch.randn(rows, rank, device="cuda").bfloat16()
 

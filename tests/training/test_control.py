@@ -375,7 +375,7 @@ def test_every_writer_of_a_full_disk_is_understood(tmp_path):
     namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size=64k tmpfs {tmp_path}"
     if shutil.which("unshare") is None or subprocess.run([*namespace, mount], capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
+        pytest.skip("to fill a disk takes a small one of its own, and here no namespace may mount one")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = f'{mount} && exec "$0" -c "$1" {tmp_path}'
     run = subprocess.run(

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "dispatch/linear_plan.h"
 #include "format/philox.h"
 #include "format/quantized_matrix.h"
 
@@ -19,7 +20,7 @@ struct LowRank {
   // `left` comes from lora_down or lora_dya, without dropout and launched just before on the stream: the linear may run
   // at the same time, as plan_lora_linear says to both.
   bool left_beside;
-  bool float_factor;  // the factor is float32 beside 16-bit activations: where ..._reads_float
+  bool float_factor;  // the factor is float32 beside 16-bit activations: where linear_reads_float
   // What that launch returned: a word on the device, not 0 once all kernels before it have ended. Null where it lets
   // the linear start only then.
   const uint32_t* begun = nullptr;
@@ -37,25 +38,22 @@ void quantize_absmax(const float* absmax, int64_t blocks, const float* offset, c
 // output[n, k] = the exact float32 products of code and absmax, each rounded once to dtype.
 void dequantize_4bit(const QuantizedMatrix& weight, DType dtype, void* output, cudaStream_t stream);
 
+// Of linear_4bit and linear_4bit_dx, by direction: the bytes of their workspace, 16-byte aligned, contents arbitrary;
+// and whether they read a float32 factor beside 16-bit activations. `input` is x or dy.
+int64_t linear_workspace(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m,
+                         const void* input, const LowRank& lora);
+bool linear_reads_float(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m,
+                        const void* input, const LowRank& lora);
+// The part of them that is to come before the launch of `left`, whose contents it does not need: where the plan wants
+// the weight dequantized, writes that to `workspace` and returns true, which is then their `prepared`.
+bool linear_prepare(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, const void* input,
+                    const LowRank& lora, void* workspace, cudaStream_t stream);
+
 // y[m, n] = x[m, k] · Wᵀ + left[m, r] · factor[n, r]ᵀ + bias[n]. `bias` may be null.
-// `workspace`: linear_4bit_workspace bytes, 16-byte aligned, contents arbitrary.
-// linear_4bit_prepare does the part that is to come before the launch of `left`, whose contents it does not need: where
-// the plan wants the weight dequantized, it writes that to `workspace` and returns true: linear_4bit's `prepared`.
-int64_t linear_4bit_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x,
-                              const LowRank& lora);
-bool linear_4bit_prepare(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const LowRank& lora,
-                         void* workspace, cudaStream_t stream);
-bool linear_4bit_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const LowRank& lora);
 void linear_4bit(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const void* bias,
                  const LowRank& lora, void* y, void* workspace, bool prepared, cudaStream_t stream);
 
 // dx[m, k] = dy[m, n] · W + dropout(left[m, r] · factor[r, k]).
-int64_t linear_4bit_dx_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy,
-                                 const LowRank& lora);
-bool linear_4bit_dx_prepare(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy, const LowRank& lora,
-                            void* workspace, cudaStream_t stream);
-bool linear_4bit_dx_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy,
-                                const LowRank& lora);
 void linear_4bit_dx(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy, const LowRank& lora,
                     const Dropout& dropout, void* dx, void* workspace, bool prepared, cudaStream_t stream);
 
@@ -65,7 +63,7 @@ void linear_4bit_dx(const QuantizedMatrix& weight, DType dtype, int64_t m, const
 void round_factor(DType dtype, const float* from, int64_t count, void* to, uint32_t* begun, cudaStream_t stream);
 
 // A word for LowRank::begun, if that linear's plan runs beside its adapter's product; else null, or when none is left.
-uint32_t* take_word(bool forward, const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank,
+uint32_t* take_word(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank,
                     cudaStream_t stream);
 
 // xa[m, r] = scaling · dropout(x[m, k]) · a[r, k]ᵀ. The next launch on the stream is to be linear_4bit with that weight

@@ -35,36 +35,6 @@ LinearProblem problem_of(LinearDirection direction, const QuantizedMatrix& weigh
   return problem_of(direction, weight, dtype, m, lora.rank, lora.left_beside, aligned);
 }
 
-// Where nothing but the adapter's factor is not aligned, the caller may pass an aligned copy later: enough for either
-// plan.
-int64_t workspace(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, const void* input,
-                  const LowRank& lora) {
-  if (m <= 0 || weight.numel() <= 0) return 0;
-  LinearProblem problem = problem_of(direction, weight, dtype, m, input, lora);
-  int64_t bytes = plan_linear(problem).workspace(problem);
-  if (!problem.aligned && lora.rank > 0 && aligned_16(input) && aligned_16(weight.packed) && aligned_16(lora.left)) {
-    problem.aligned = true;
-    bytes = std::max(bytes, plan_linear(problem).workspace(problem));
-  }
-  return bytes;
-}
-
-bool reads_float(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, const void* input,
-                 const LowRank& lora) {
-  if (m <= 0 || lora.rank <= 0) return false;
-  const LinearKernel kernel = plan_linear(problem_of(direction, weight, dtype, m, input, lora)).kernel;
-  return kernel == LinearKernel::kStream || kernel == LinearKernel::kWgmma || kernel == LinearKernel::kDense;
-}
-
-bool prepare(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, const void* input,
-             const LowRank& lora, void* workspace, cudaStream_t stream) {
-  if (workspace == nullptr) return false;  // no plan of kDense is without
-  const LinearPlan plan = plan_linear(problem_of(direction, weight, dtype, m, input, lora));
-  if (plan.kernel != LinearKernel::kDense) return false;
-  dequantize_4bit(weight, dtype, workspace, stream);
-  return true;
-}
-
 void run(LinearDirection direction, const LinearArguments& arguments, cudaStream_t stream) {
   const QuantizedMatrix& matrix = arguments.weight.matrix;
   if (arguments.m <= 0 || matrix.numel() <= 0) return;
@@ -72,7 +42,7 @@ void run(LinearDirection direction, const LinearArguments& arguments, cudaStream
       problem_of(direction, matrix, arguments.dtype, arguments.m, arguments.input, arguments.lora);
   LinearPlan plan = plan_linear(problem);
   if (plan.kernel == LinearKernel::kDense && !arguments.prepared) {
-    // The factor was not aligned when linear_4bit_prepare saw it, and has been copied since.
+    // The factor was not aligned when linear_prepare saw it, and has been copied since.
     dequantize_4bit(matrix, arguments.dtype, arguments.workspace, stream);
     plan.beside = 0;
   }
@@ -101,19 +71,34 @@ LinearPlan plan_lora_linear(LinearDirection direction, const QuantizedMatrix& we
   return plan_linear(problem_of(direction, weight, dtype, m, rank, true, true));
 }
 
-int64_t linear_4bit_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x,
-                              const LowRank& lora) {
-  return workspace(LinearDirection::kForward, weight, dtype, m, x, lora);
+// Where nothing but the adapter's factor is not aligned, the caller may pass an aligned copy later: enough for either
+// plan.
+int64_t linear_workspace(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m,
+                         const void* input, const LowRank& lora) {
+  if (m <= 0 || weight.numel() <= 0) return 0;
+  LinearProblem problem = problem_of(direction, weight, dtype, m, input, lora);
+  int64_t bytes = plan_linear(problem).workspace(problem);
+  if (!problem.aligned && lora.rank > 0 && aligned_16(input) && aligned_16(weight.packed) && aligned_16(lora.left)) {
+    problem.aligned = true;
+    bytes = std::max(bytes, plan_linear(problem).workspace(problem));
+  }
+  return bytes;
 }
 
-bool linear_4bit_prepare(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const LowRank& lora,
-                         void* workspace, cudaStream_t stream) {
-  return prepare(LinearDirection::kForward, weight, dtype, m, x, lora, workspace, stream);
+bool linear_reads_float(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m,
+                        const void* input, const LowRank& lora) {
+  if (m <= 0 || lora.rank <= 0) return false;
+  const LinearKernel kernel = plan_linear(problem_of(direction, weight, dtype, m, input, lora)).kernel;
+  return kernel == LinearKernel::kStream || kernel == LinearKernel::kWgmma || kernel == LinearKernel::kDense;
 }
 
-bool linear_4bit_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x,
-                             const LowRank& lora) {
-  return reads_float(LinearDirection::kForward, weight, dtype, m, x, lora);
+bool linear_prepare(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, const void* input,
+                    const LowRank& lora, void* workspace, cudaStream_t stream) {
+  if (workspace == nullptr) return false;  // no plan of kDense is without
+  const LinearPlan plan = plan_linear(problem_of(direction, weight, dtype, m, input, lora));
+  if (plan.kernel != LinearKernel::kDense) return false;
+  dequantize_4bit(weight, dtype, workspace, stream);
+  return true;
 }
 
 void linear_4bit(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* x, const void* bias,
@@ -121,21 +106,6 @@ void linear_4bit(const QuantizedMatrix& weight, DType dtype, int64_t m, const vo
   const Dropout no_dropout{nullptr, 0, 1.0f};
   run(LinearDirection::kForward, {make_weight(weight), dtype, m, x, bias, lora, no_dropout, y, workspace, prepared},
       stream);
-}
-
-int64_t linear_4bit_dx_workspace(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy,
-                                 const LowRank& lora) {
-  return workspace(LinearDirection::kDx, weight, dtype, m, dy, lora);
-}
-
-bool linear_4bit_dx_prepare(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy, const LowRank& lora,
-                            void* workspace, cudaStream_t stream) {
-  return prepare(LinearDirection::kDx, weight, dtype, m, dy, lora, workspace, stream);
-}
-
-bool linear_4bit_dx_reads_float(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy,
-                                const LowRank& lora) {
-  return reads_float(LinearDirection::kDx, weight, dtype, m, dy, lora);
 }
 
 void linear_4bit_dx(const QuantizedMatrix& weight, DType dtype, int64_t m, const void* dy, const LowRank& lora,

@@ -19,7 +19,7 @@ struct LinearArguments {
   Dropout dropout;
   void* output;
   void* workspace;
-  bool prepared;  // linear_4bit_prepare
+  bool prepared;  // linear_prepare
 };
 
 // What linear_4bit or linear_4bit_dx will choose for an aligned input and adapter and LowRank::left_beside. Where that

@@ -573,9 +573,8 @@ void lora_grad(const char* name, DType dtype, int64_t m, int64_t columns, int64_
 
 }  // namespace
 
-uint32_t* take_word(bool forward, const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank,
+uint32_t* take_word(LinearDirection direction, const QuantizedMatrix& weight, DType dtype, int64_t m, int64_t rank,
                     cudaStream_t stream) {
-  const LinearDirection direction = forward ? LinearDirection::kForward : LinearDirection::kDx;
   return plan_lora_linear(direction, weight, dtype, m, rank).beside > 0 ? next_word(stream) : nullptr;
 }
 
